@@ -1,0 +1,113 @@
+"""Download FineWeb as GPT-2 tokens: the validation shard and N training shards of 100M tokens, 200 MB each.
+
+    python data/fineweb.py          # 14 shards, 3 GB: more than the race uses
+    python data/fineweb.py 3        # what is already there and intact is not downloaded again
+
+Source: the dataset kjj0/fineweb10B-gpt2 on huggingface.co, a 10B-token sample of FineWeb (ODC-By 1.0). A file
+gets its name only after its checksum, header, size and largest token have been checked.
+"""
+import argparse
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST = 103          # training shards in the dataset
+ATTEMPTS = 5        # with pauses of 1, 2, 4 and 8 s
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+OTHER_WAYS = ("behind a proxy set HTTPS_PROXY, or set HF_ENDPOINT to a mirror, or copy the fineweb_*.bin "
+              "files to {out} by hand, or make shards of your own text with data/text.py")
+
+
+def fail(message):
+    raise SystemExit(f"fineweb.py: {message}")
+
+
+def defect(path):
+    """What is wrong with a shard, or None."""
+    from data.shards import open_shard
+    try:
+        open_shard(path)
+    except SystemExit as why:
+        return str(why).removeprefix(f"{path}: ")
+
+
+def retry(action, name, args, impatient=False):
+    """action(name), again after a failure that time may heal; `impatient` gives up when nobody answers."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action(name)
+        except Exception as error:      # the hub's client has changed its HTTP library and errors before
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            why = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+            if getattr(error, "errno", None) in HOPELESS:
+                fail(f"cannot write {name} to {args.out}: {why}")
+            if status and status < 500 and status not in (408, 429):
+                fail(f"{args.repo} does not offer {name} (HTTP {status}): check --repo, N and HF_TOKEN")
+            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            if attempt == ATTEMPTS or impatient and not status:
+                fail(f"cannot get {name} from {hub}: {why.rstrip('.')}; {OTHER_WAYS.format(out=args.out)}")
+            time.sleep(2 ** (attempt - 1))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    p.error = lambda message: p.exit(2, f"fineweb.py: {message}\n")     # one line, without the usage
+    p.add_argument("n", nargs="?", type=int, default=14, metavar="N", help="training shards (default: 14)")
+    p.add_argument("--out", type=Path, default=ROOT / "data/fineweb10B", help="default: data/fineweb10B")
+    p.add_argument("--repo", default="kjj0/fineweb10B-gpt2", help="dataset on the hub (default: %(default)s)")
+    args = p.parse_args(argv)
+    if not 1 <= args.n <= MOST:
+        p.error(f"N must be 1 to {MOST}, not {args.n}")
+
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    try:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    except ImportError:
+        fail("downloading needs huggingface-hub: pip install huggingface-hub")
+
+    def ask(name):
+        return get_hf_file_metadata(hf_hub_url(args.repo, name, repo_type="dataset"))
+
+    def fetch(name):
+        etag = ask(name).etag       # of a large file, this is its sha256
+        path = Path(hf_hub_download(args.repo, name, repo_type="dataset", local_dir=temporary))
+        if len(etag or "") == 64 and hashlib.sha256(path.read_bytes()).hexdigest() != etag:
+            path.unlink()
+            raise OSError("its checksum is wrong, so it was damaged on the way")
+        return path
+
+    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, args.n + 1)]
+    missing = [name for name in names if not (args.out / name).is_file() or defect(args.out / name)]
+    print(f"{args.out}: {len(names) - len(missing)} of {len(names)} shards are there", flush=True)
+    if not missing:
+        return
+    need = (retry(ask, missing[0], args, impatient=True).size or 0) * len(missing)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        if need > (free := shutil.disk_usage(args.out).free):
+            fail(f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {args.out}: lower N or set --out")
+        with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished_") as temporary:
+            for i, name in enumerate(missing, 1):
+                began, path = time.time(), retry(fetch, name, args)
+                if why := defect(path):
+                    fail(f"what {args.repo} offers as {name} is unfit: {why}")
+                size, seconds = path.stat().st_size, time.time() - began
+                path.replace(args.out / name)
+                print(f"{name}  {i}/{len(missing)}  {size / 1e6:.1f} MB in {seconds:.1f} s", flush=True)
+    except OSError as error:
+        fail(f"cannot write to {args.out}: {error.strerror}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; the finished shards are kept, the same command continues")

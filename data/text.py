@@ -1,0 +1,280 @@
+"""Turn your own UTF-8 text into shards for train_gpt2.py.
+
+    python data/text.py book.txt more.jsonl.gz --out data/mine
+    python data/text.py corpus.txt.bz2 --val held_out.txt --out data/mine
+    python data/text.py notes.txt --tokenizer bytes --out data/notes
+
+.txt holds documents separated by a line `--separator` (without any, one document), .jsonl one document a row.
+Text is taken verbatim: `<|endoftext|>` inside a line is ordinary text, and only the tokenizer's start token
+marks where a document begins. Documents keep their order. Memory is bounded, and the shards appear together,
+when everything is done.
+"""
+import argparse
+import bz2
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import zlib
+from collections import deque
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+PIECE = 1 << 20         # characters; a longer document is tokenised in pieces of about this size
+BATCH = 8 << 20         # characters given to the tokenizer's threads together: this bounds the memory
+AUTO_VAL = (1 << 20) + 1     # tokens: the race validates on 2**20 predictions
+# A piece ends at a word's end. GPT-2's pattern never joins a letter or digit to the space after it, so the
+# pieces' tokens are exactly the whole document's. (A megabyte without one such place is cut where it stands.)
+WORD_END = re.compile(r"(?s).*[^\W_](?=[ \n])")
+# OpenAI's GPT-2 pattern, with possessive quantifiers, which match the same and do not backtrack
+GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+
+def fail(message):
+    raise SystemExit(f"text.py: {message}")
+
+
+def gpt2_encoding():
+    """GPT-2's tiktoken.Encoding from the merges in this folder; tiktoken itself would download them."""
+    try:
+        import tiktoken
+    except ImportError:
+        fail("the gpt2 tokenizer needs tiktoken: pip install tiktoken")
+    packed = Path(__file__).with_name("gpt2_vocab.bpe.bz2")
+    try:
+        merges = bz2.decompress(packed.read_bytes())
+    except (OSError, ValueError):
+        merges = b""
+    if hashlib.sha256(merges).hexdigest() != GPT2_SHA256:
+        fail(f"{packed} is missing or damaged: restore it with git checkout")
+    # the file spells each byte as one visible character: itself or, for the 68 invisible ones, U+0100 and up
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    ranks = {bytes([b]): rank for rank, b in enumerate(visible + hidden)}
+    for line in merges.decode().splitlines()[1:]:
+        ranks[bytes(byte_of[c] for c in line.replace(" ", ""))] = len(ranks)
+    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, explicit_n_vocab=50257,
+                             special_tokens={"<|endoftext|>": 50256})
+
+
+def gpt2_tokenizer():
+    encoding, threads = gpt2_encoding(), min(os.cpu_count() or 1, 16)
+    return 50257, [50256], lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads)
+
+
+def bytes_tokenizer():      # any value may be a byte of the text, so none is left to start a document with
+    return 256, [], lambda texts: [np.frombuffer(t.encode("utf-8", "replace"), np.uint8) for t in texts]
+
+
+# name -> () -> (vocabulary size, tokens that start a document, texts -> their token sequences)
+TOKENIZERS = {"gpt2": gpt2_tokenizer, "bytes": bytes_tokenizer}
+UNPACK = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".bz2": bz2.BZ2File}
+
+
+def read_lines(path, longest=-1):
+    """The lines of a file, line ends untouched; a line of more than `longest` characters comes in parts."""
+    number = 0
+    try:
+        with open(path, "rb") as raw:
+            stream = UNPACK[path.suffix](raw) if path.suffix in UNPACK else raw
+            text = io.TextIOWrapper(stream, "utf-8", newline="\n")
+            for line in iter(partial(text.readline, longest), ""):
+                number += 1
+                yield line
+    except UnicodeDecodeError:
+        fail(f"{path} is not UTF-8 text, near line {number + 1}: convert it first, for example with iconv")
+    except (OSError, EOFError, zlib.error) as error:
+        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or f'damaged or cut off ({error})'}")
+
+
+def text_pieces(path, args):
+    held, size, starts, fresh = [], 0, True, True
+    for line in read_lines(path, PIECE):
+        if fresh and line.rstrip("\r\n") == args.separator:
+            yield "".join(held), starts
+            held, size, starts = [], 0, True
+        else:
+            held.append(line)
+            size += len(line)
+        fresh = line.endswith("\n")
+        if size >= PIECE:
+            text = "".join(held)
+            end = found.end() if (found := WORD_END.match(text)) else size
+            yield text[:end], starts
+            held, size, starts = [text[end:]], size - end, False
+    yield "".join(held), starts
+
+
+def jsonl_pieces(path, args):
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            row = json.loads(line) if line.strip() else {args.field: ""}
+        except (ValueError, RecursionError):
+            fail(f"{path}, line {number}: not a row of JSON")
+        if not isinstance(row, dict) or not isinstance(row.get(args.field), str):
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            fail(f"{path}, line {number}: no text in field {args.field!r} of {found[:200]}: see --field")
+        yield row[args.field], True
+
+
+READERS = {".txt": text_pieces, ".jsonl": jsonl_pieces}
+
+
+def reader_of(path):
+    inner = Path(path.stem).suffix or ".txt" if path.suffix in UNPACK else path.suffix
+    if inner not in READERS:
+        fail(f"{path}: the name must end in {' or '.join(READERS)}, then perhaps {' or '.join(UNPACK)}")
+    if not path.is_file():
+        fail(f"{path}: no such file")
+    return READERS[inner]
+
+
+def batches(paths, args):
+    batch, size = [], 0
+    for path in paths:
+        for text, starts in reader_of(path)(path, args):
+            if text.strip() or not starts:      # a blank document is none
+                batch.append((text, starts))
+                size += len(text)
+            if size >= BATCH:
+                yield path, batch
+                batch, size = [], 0
+    yield path, batch
+
+
+def tokenise(paths, args, tokenizer, dtype):
+    """Yield arrays of tokens in the order of the text, and print the progress."""
+    _, start, encode = tokenizer
+    read, made, began, spoke, live = 0, 0, time.time(), time.time(), sys.stdout.isatty()
+    for path, batch in batches(paths, args):
+        for tokens, (text, starts) in zip(encode([text for text, _ in batch]), batch, strict=True):
+            made, read = made + len(tokens), read + len(text.encode("utf-8", "replace"))
+            yield np.concatenate([start if starts else [], tokens], dtype=dtype, casting="unsafe")
+        now = time.time()
+        megabytes = read / 1e6
+        line = f"{megabytes:.1f} MB read, {megabytes / (now - began):.1f} MB/s, {made:,} tokens, {path.name}"
+        if live or now - spoke > 10:
+            print(f"\033[K{line}\r" if live else line, end="" if live else "\n", flush=True)
+            spoke = now
+    print(line)
+
+
+def split(stream, wanted):
+    """Yield (tokens, is it validation): the last `wanted` tokens are (None: a tenth, at most AUTO_VAL)."""
+    limit, held, count, total = AUTO_VAL if wanted is None else wanted, deque(), 0, 0
+    for tokens in stream:
+        held.append(tokens)
+        count, total = count + len(tokens), total + len(tokens)
+        while held and count - len(held[0]) >= limit:
+            count -= len(held[0])
+            yield held.popleft(), False
+    limit = min(limit, -(-total // 10)) if wanted is None else limit
+    if limit >= total:
+        fail(f"{total:,} tokens of text are too few to set {limit:,} aside (--val_tokens)" if total
+             else "the files hold no text")
+    for tokens in held:
+        border = min(max(count - limit, 0), len(tokens))
+        yield tokens[:border], False
+        yield tokens[border:], True
+        count -= len(tokens)
+
+
+class ShardWriter:
+    """A stream of tokens -> STEM_000001.bin and so on, each of `shard_tokens` tokens."""
+    def __init__(self, stem, number, vocab_size, shard_tokens):
+        from data.shards import FORMATS
+        self.dtype = np.uint16 if vocab_size <= 65535 else np.uint32
+        self.magic, self.version = next((m, v) for m, (v, dtype) in FORMATS.items() if dtype == self.dtype)
+        self.stem, self.number, self.vocab_size, self.shard_tokens = stem, number, vocab_size, shard_tokens
+        self.file, self.count = None, 0
+
+    def write(self, tokens):
+        while len(tokens):
+            if self.file is None or self.count == self.shard_tokens:
+                self.close()
+                self.file, self.count = open(f"{self.stem}_{self.number:06d}.bin", "w+b"), 0
+                self.file.write(bytes(1024))
+                self.number += 1
+            part, tokens = np.split(tokens, [self.shard_tokens - self.count])
+            self.file.write(part.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes())
+            self.count += len(part)
+
+    def close(self):
+        if self.file:
+            header = np.zeros(256, "<i4")
+            header[:4] = self.magic, self.version, self.count, self.vocab_size
+            self.file.seek(0)
+            self.file.write(header.tobytes())
+            self.file.flush()
+            os.fsync(self.file.fileno())    # a full disk may speak up only here
+            self.file.close()
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    p.error = lambda message: p.exit(2, f"text.py: {message}\n")     # one line, without the usage
+    p.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl, plain or .gz or .bz2")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    p.add_argument("--prefix", help="how the shards' names begin (default: the name of the folder)")
+    p.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: %(default)s")
+    p.add_argument("--separator", default="<|endoftext|>", metavar="LINE",
+                   help="line between two documents of a .txt (default: %(default)s; '' is an empty line)")
+    p.add_argument("--field", default="text", help="field of a .jsonl row (default: %(default)s)")
+    p.add_argument("--val_tokens", type=int, metavar="N", help="validate on the last N tokens, 0: on none "
+                   f"(default: a tenth of the text, at most {AUTO_VAL:,})")
+    p.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE",
+                   help="validate on these files instead")
+    p.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
+    args = p.parse_args(argv)
+    if args.val and args.val_tokens is not None:
+        p.error("choose either --val or --val_tokens")
+    if args.shard_tokens < 1 or (args.val_tokens or 0) < 0:
+        p.error("--shard_tokens must be at least 1, and --val_tokens at least 0")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    for path in args.files + args.val:
+        reader_of(path)
+    prefix = args.prefix or args.out.resolve().name
+    names = [f"{glob.escape(prefix)}_{part}_*.bin" for part in ("train", "val")]
+    if old := sorted(path for name in names for path in args.out.glob(name)):
+        fail(f"{old[0]} is already there: remove the old shards or choose another --prefix")
+    vocab_size, *_ = tokenizer = TOKENIZERS[args.tokenizer]()
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished_") as temporary:
+            train, val = (ShardWriter(f"{temporary}/{prefix}_{part}", number, vocab_size, args.shard_tokens)
+                          for part, number in (("train", 1), ("val", 0)))
+            for tokens in tokenise(args.val, args, tokenizer, val.dtype) if args.val else ():
+                val.write(tokens)
+            stream = tokenise(args.files, args, tokenizer, train.dtype)
+            for tokens, is_val in split(stream, 0 if args.val else args.val_tokens):
+                (val if is_val else train).write(tokens)
+            train.close()
+            val.close()
+            for path in sorted(Path(temporary).iterdir()):
+                print(path.replace(args.out / path.name))
+    except OSError as error:    # an input's was answered where it was read: this is the output's
+        fail(f"cannot write to {args.out}: {error.strerror}; no shard was made")
+    print(f"train with: python train_gpt2.py --input_bin '{args.out / prefix}_train_*.bin'"
+          + (f" --input_val_bin '{args.out / prefix}_val_*.bin'" if val.file else ""))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; no shard was made")
