@@ -1,0 +1,134 @@
+"""The machine and what a run costs on it: device, clock, memory, --estimate, and what the log says of where it ran."""
+import hashlib
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+# Dense bf16 tensor-core peak with fp32 accumulation, FLOP/s, from NVIDIA's data sheets. A device that is not listed has
+# no MFU: a missing figure is better than a wrong one.
+PEAK_FLOPS = {"RTX 3090": 71e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12, "L40S": 362e12, "A100": 312e12,
+              "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+
+
+def device_peak_flops(device):
+    """Peak FLOP/s of a torch device, or None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(roles, blocks, T):
+    """Training FLOPs a token: 6 for every weight that multiplies it, and three times each mixer's own forward cost.
+
+    roles {parameter: role} counts a tied embedding once, as the head; kernel generation (per step) is left out.
+    """
+    head = "head" if "head" in roles.values() else "embed"
+    weights = sum(p.numel() for p, role in roles.items() if role in ("matrix", "proj", head))
+    return 6 * weights + 3 * sum(block.mixer.flops(T) for block in blocks)
+
+
+def matmul_flops(n=1024, tries=5):
+    """FLOP/s of an fp32 product on this CPU, the best of a few: about 50 ms."""
+    a, best = torch.randn(n, n), 0.0
+    for _ in range(tries):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def report(cfg, model, roles, device):
+    """The text of --estimate; the model may live on the meta device, nothing is allocated."""
+    count = {role: sum(p.numel() for p in roles if roles[p] == role) for role in sorted(set(roles.values()))}
+    params, tokens, flops = sum(count.values()), cfg.tokens_per_step * cfg.num_iterations, flops_per_token(
+        roles, model.blocks, cfg.sequence_length)
+    width = 2 if device.type == "cuda" else 4                        # bytes of an activation
+    moments = {"adamw": 2, "muon": 1}                                # AdamW keeps two, Muon one
+    matrices = count.get("matrix", 0) + count.get("proj", 0)
+    state = 4 * (2 * params + 2 * (params - matrices) + moments.get(cfg.optim, 2) * matrices)
+    activations = cfg.batch_size * cfg.sequence_length * cfg.n_layer * cfg.n_embd * width * 16
+    logits = 3 * 4 * min(2**27, cfg.batch_size * cfg.sequence_length * cfg.vocab_size)
+    lines = [
+        ("model", f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} channels, vocabulary {cfg.vocab_size:,}; "
+                  f"mixer {cfg.mixer}, mlp {cfg.mlp}, optim {cfg.optim}"),
+        ("parameters", f"{params:,} ({', '.join(f'{role} {n:,}' for role, n in count.items())})"),
+        ("tokens a step", f"{cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
+                          f"{cfg.grad_accumulation_steps}"),
+        ("tokens", f"{tokens:,} in {cfg.num_iterations:,} steps"),
+        ("FLOPs a token", f"{flops:,} (training: forward and backward)"),
+        ("memory", f"about {(state + activations + logits) / 2**20:,.0f} MiB (state {state / 2**20:,.0f}, activations "
+                   f"{activations / 2**20:,.0f}, logits {logits / 2**20:,.0f})"),
+    ]
+    rates = [(0.5 * PEAK_FLOPS["RTX 4090"], "an RTX 4090 at 50% MFU")]
+    if peak := device_peak_flops(device):
+        rates.insert(0, (0.5 * peak, "this GPU at 50% MFU"))
+    elif device.type == "cpu":
+        rates.insert(0, (0.3 * matmul_flops(), "this CPU at 30% of its fp32 peak"))
+    lines += [("time", f"about {duration(flops * tokens / rate)} on {where}") for rate, where in rates]
+    return "\n".join(f"{key:14} {text}" for key, text in lines)
+
+
+def duration(seconds):
+    """Seconds -> "45 s", "3.2 min", "5.4 h", "12 days"."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def pick_device(name, local_rank):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("cuda", "cpu", "mps") or name != "cpu" and not getattr(torch, name).is_available():
+        raise SystemExit(f"--device {name}: not available here (auto, cpu, cuda or mps)")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def peak_memory(device):                                    # MiB: of the GPU, or of this process
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+class Clock:
+    """Training seconds. Empties the device's queue before it stops; validation and compilation stay outside."""
+    def __init__(self, device):
+        self.total, self.device = 0.0, device
+        self.start()
+
+    def start(self):
+        self.since = time.perf_counter()
+
+    def stop(self):
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        self.total += time.perf_counter() - self.since
+        return self.total
+
+
+def checksum(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def git(*args):
+    command = ["git", "-C", Path(__file__).parent, *args]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment(device, world, paths):
+    """What a reader needs to run it again besides sources and flags: a dict of plain values."""
+    return dict(python=platform.python_version(), torch=torch.__version__, device=device_name(device), processes=world,
+                threads=torch.get_num_threads(), commit=git("rev-parse", "HEAD") or "unknown",
+                dirty=bool(git("status", "--porcelain")), command=sys.argv, shards={p: checksum(p) for p in paths})

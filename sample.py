@@ -1,0 +1,82 @@
+"""Let a trained model write: one token at a time, through every mixer's constant-cost step where it has one.
+
+    python sample.py                                    # the newest checkpoint below logs/
+    python sample.py logs/*/model.pt --prompt "To be" --tokens 500 --temperature 0.7 --top_k 50
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from train_gpt2 import GPT, ROOT, Config
+
+
+def load(path):
+    """Checkpoint file -> GPT in eval mode, on the CPU. Raises SystemExit with one line if it cannot be read."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(Config(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        return model.eval()
+    except Exception as e:                              # torch.load has no one error for a damaged file
+        raise SystemExit(f"{path}: not a checkpoint of this code ({str(e).splitlines()[0][:100]})") from None
+
+
+def codec(vocab_size):
+    """Vocabulary size -> (text -> token ids, token ids -> text): bytes, or GPT-2's tokens."""
+    if vocab_size == 256:
+        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
+    from data.text import gpt2_encoding
+    gpt2 = gpt2_encoding()
+    return gpt2.encode_ordinary, gpt2.decode
+
+
+@torch.no_grad()
+def generate(model, ids, n, temperature=1.0, top_k=0):
+    """Yield n token ids after the prompt ids (not empty); the window moves on when sequence_length is reached."""
+    T, ids = model.cfg.sequence_length, list(ids)
+    state, t = model.init_state(1), 0
+    for _ in range(n):
+        if t == T:                                      # full: start again from the last half
+            state, t, ids = model.init_state(1), 0, ids[-(T // 2):]
+        for token in ids[t:]:
+            logits, state = model.step(torch.tensor([token]), state)
+        t = len(ids)
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if 0 < top_k < logits.size(-1):
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+            token = int(torch.multinomial(F.softmax(logits / temperature, dim=-1), 1))
+        ids.append(token)
+        yield token
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
+    p.error = lambda message: p.exit(2, f"sample.py: {message}\n")
+    p.add_argument("checkpoint", nargs="?", type=Path, help="a model.pt (default: the newest below logs/)")
+    p.add_argument("--prompt", default="\n")
+    p.add_argument("--tokens", type=int, default=300)
+    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    p.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0: among all")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    if args.tokens < 0 or args.temperature < 0 or args.top_k < 0:
+        p.error("--tokens, --temperature and --top_k must not be negative")
+    newest = max((ROOT / "logs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    path = args.checkpoint or newest
+    if path is None:
+        p.error("no checkpoint below logs/: train first, or name a model.pt")
+    model = load(path)
+    encode, decode = codec(model.cfg.vocab_size)
+    torch.manual_seed(args.seed)
+    prompt = encode(args.prompt)[-model.cfg.sequence_length:] or encode("\n")
+    print(decode(prompt + list(generate(model, prompt, args.tokens, args.temperature, args.top_k))))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
+    main()

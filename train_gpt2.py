@@ -1,0 +1,642 @@
+"""spectral-nanogpt: train GPT-2 on one GPU, with or without attention.
+
+One file is the whole trainer; every sequence mixer other than attention is a sibling file, picked by --mixer.
+Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (the one-GPU benchmark).
+
+    python train_gpt2.py                                          # the embedded run: any machine, minutes
+    python train_gpt2.py --mixer afno,afno,afno,attn --estimate   # what would it cost? prints, then exits
+    torchrun --standalone --nproc_per_node=1 train_gpt2.py --model d12 ...   # the race: see run_afno.sh, run_attn.sh
+    python -m pytest -q test_causality.py                         # does anything see the future?
+
+To experiment, edit Config and the dicts (MIXERS, MLPS, POSITIONS, OPTIMS), or write a sibling file and add its row.
+Letters: B batch, T time, C channels, H heads, D head width, V vocabulary. Losses are in nats per token.
+"""
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+from afno import AFNO
+from blocks import GELU, LearnedPositions, NoPositions, ReLU2, Rotary, SinusoidalPositions, norm
+from conv import ShortConv
+from data.shards import open_shards
+from loss import linear_cross_entropy, softcap
+from machine import (Clock, device_name, device_peak_flops, duration, environment, flops_per_token, peak_memory,
+                     pick_device, report)
+from muon import Muon
+
+ROOT = Path(__file__).resolve().parent
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: every flag, in one place. A default is written here and nowhere else; the race's values are in run_*.sh.
+
+MODELS = {                                                  # layers, heads, channels
+    "tiny": (4, 4, 128), "d12": (12, 12, 768), "d24": (24, 16, 1024), "d36": (36, 20, 1280), "d48": (48, 25, 1600)}
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    input_bin: str = "data/tinyshakespeare/train.bin"       # training shards: a path or a glob
+    input_val_bin: str = "data/tinyshakespeare/val.bin"     # validation shards
+    output_dir: str = "logs"                                # one folder a run appears below it
+    sequence_length: int = 256                              # T, tokens
+    shuffle: bool = True                                    # windows in random order; off for pre-shuffled FineWeb
+    # model
+    model: str = "tiny"                                     # sizes by name (MODELS); the next three override it
+    n_layer: int = 0
+    n_head: int = 0
+    n_embd: int = 0                                         # C, channels
+    vocab_size: int = 0                                     # 0: read from the shards
+    mixer: str = "afno"                                     # row of MIXERS; "afno,afno,afno,attn" tiles down the layers
+    mlp: str = "relu2"                                      # row of MLPS
+    mlp_ratio: float = 4.0                                  # hidden width / C
+    pos: str = "rope"                                       # row of POSITIONS; rope acts inside attention
+    # Switches. The figures are validation loss at 124M and about 1.7B FineWeb tokens, from modded-nanogpt's logs.
+    zero_init: bool = True                                  # every layer starts as the identity
+    tie_embeddings: bool = False                            # untied with embed_norm: 10% fewer tokens
+    pad_vocab: bool = True                                  # to a multiple of 128: aligned head GEMM; never predicted
+    embed_norm: bool = True                                 # RMSNorm after the embedding
+    logit_softcap: float = 15.0                             # c tanh(z / c), 0 is off: -0.005, and 15 beats 30
+    value_residual: bool = False                            # v + lambda v of layer 1: -0.012; lambda learned: -0.009
+    x0_shortcut: bool = False                               # learned share of the embedding in every block: -0.009
+    unet_skips: bool = False                                # layer i feeds layer L - 1 - i: 7% fewer tokens
+    branch_scale: bool = False                              # mixer branch times 1 / sqrt(2 L); the public baseline's
+    # attention
+    n_kv_head: int = 0                                      # grouped-query attention: key/value heads; 0 is n_head
+    attn_qk_norm: bool = True                               # RMSNorm on q and k, per head
+    attn_short_conv: bool = False                           # AFNO's short convolution on q, k, v, as a fair control
+    # AFNO
+    afno_num_blocks: int = 0                                # blocks of the spectral MLP; 0: 8 if they fit
+    afno_sparsity_threshold: float = 0.01                   # soft-shrinkage of the kernel's spectrum
+    afno_hard_thresholding_fraction: float = 1.0            # share of the frequencies kept, from below
+    afno_hidden_size_factor: float = 1.0                    # hidden width of the spectral MLP / poles
+    afno_poles: int = 16                                    # frequency features a block
+    afno_group_size: int = 0                                # channels that share one kernel; 0: 16 if they fit
+    afno_backend: str = "auto"                              # fft | toeplitz | auto
+    # optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes share them.
+    optim: str = "muon"                                     # row of OPTIMS
+    batch_size: int = 8                                     # sequences in a micro-batch
+    grad_accumulation_steps: int = 1                        # micro-batches in a step
+    num_iterations: int = 1000                              # steps
+    warmup_iters: int = -1                                  # linear warm-up; -1: 2% of the steps
+    warmdown_iters: int = -1                                # linear warm-down to 0; -1: 60% of the steps
+    learning_rate: float = 0.003                            # AdamW
+    embed_lr_scale: float = 1.0                             # multiples of learning_rate
+    head_lr_scale: float = 1.0
+    kernel_lr_scale: float = 3.0                            # parameters that generate kernels
+    weight_decay: float = 0.01                              # decoupled, never on vectors and kernels
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    grad_clip: float = 0.0                                  # global norm; 0 is off
+    muon_learning_rate: float = 0.02
+    muon_momentum: float = 0.95
+    muon_momentum_warmup: int = 300                         # steps from 0.85: -0.013
+    # the run
+    seed: int = 0
+    device: str = "auto"                                    # cuda | cpu | mps
+    compile: bool | None = None                             # torch.compile; not said: on CUDA only
+    val_tokens: int = 1_048_576                             # first tokens of the validation shards
+    val_batch_size: int = 16
+    val_loss_every: int = 200                               # steps; 0: at the end only
+    train_loss_every: int = 25                              # steps between train lines in the log
+    save_every: int = 0                                     # steps between checkpoints; 0: none
+    target_val_loss: float = 0.0                            # report the time it takes to reach this
+    estimate: bool = False                                  # print parameters, FLOPs, memory and time, then exit
+
+    def __post_init__(self):
+        for axis, rows in AXES.items():
+            named = getattr(self, axis).split(",") if axis == "mixer" else [getattr(self, axis)]     # only mixers tile
+            for row in named:
+                if row not in rows:
+                    raise ValueError(f"--{axis} {row}: no such row; choose from {', '.join(rows)}")
+            used = {knob for row in named for knob in rows[row][1]}
+            for knob in {knob for _, knobs in rows.values() for knob in knobs} - used - {"n_head", "rope"}:
+                if getattr(self, knob) != Config.__dataclass_fields__[knob].default:
+                    raise ValueError(f"--{knob} has no effect with --{axis} {getattr(self, axis)}: drop it")
+        if self.model not in MODELS:
+            raise ValueError(f"--model {self.model}: no such size; choose from {', '.join(MODELS)}")
+        for name, size in zip(("n_layer", "n_head", "n_embd"), MODELS[self.model]):
+            object.__setattr__(self, name, getattr(self, name) or size)              # the one place that writes a field
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < BELOW.get(f.name, math.inf):
+                raise ValueError(f"--{f.name} {value} is out of range")
+        if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or 1):
+            raise ValueError(f"{self.n_embd} channels, {self.n_head} heads, {self.n_kv_head or self.n_head} "
+                             "key/value heads: each must be a multiple of the next")
+        if sum(self.ramps) > self.num_iterations:
+            raise ValueError(f"--num_iterations {self.num_iterations} is less than warm-up and warm-down: {self.ramps}")
+
+    @property
+    def rope(self):
+        return self.pos == "rope"
+
+    @property
+    def mixers(self):                                       # one row name a layer
+        names = self.mixer.split(",")
+        return [names[i % len(names)] for i in range(self.n_layer)]
+
+    @property
+    def ramps(self):                                        # steps of warm-up and of warm-down
+        return tuple(int(self.num_iterations * share) if steps < 0 else steps
+                     for steps, share in ((self.warmup_iters, 0.02), (self.warmdown_iters, 0.6)))
+
+    @property
+    def tokens_per_step(self):
+        return self.batch_size * self.grad_accumulation_steps * self.sequence_length
+
+
+LEAST = {"warmup_iters": -1, "warmdown_iters": -1} | dict.fromkeys((      # smallest value a number may have; else 0
+    "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
+    "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25}
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "seed": 2**63}        # and what it stays below; else inf
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                               # one line; argparse would print all flags first
+        raise SystemExit(f"{self.prog}: error: {message} (--help lists the flags)")
+
+
+def parse(argv=None):
+    """Command line -> Config. A wrong flag, value or combination is one line on stderr and exit code 1."""
+    parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    description="Train a GPT-2-class model with the mixer you choose. Flags are the fields of Config.")
+    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for f in fields(Config):                                # a field's comment is its help text
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(type=f.type)
+        parser.add_argument("--" + f.name, default=f.default, help=notes.get(f.name, " ").replace("%", "%%"), **kind)
+    try:
+        return Config(**vars(parser.parse_args(argv)))
+    except ValueError as e:
+        parser.error(str(e))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention with grouped keys and values, (B, T, C) -> (B, T, C). No residual, no input norm."""
+    def __init__(self, dim, seq_len, *, n_head, n_kv_head=0, qk_norm=True, rope=True, short_conv=False):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim, self.seq_len = n_head, n_kv_head or n_head, dim // n_head, seq_len
+        kv_dim = self.n_kv_head * self.head_dim
+        self.q, self.k, self.v = (nn.Linear(dim, d, bias=False) for d in (dim, kv_dim, kv_dim))
+        self.short_conv = ShortConv(dim + 2 * kv_dim) if short_conv else None
+        self.qk_norm = norm if qk_norm else nn.Identity()
+        self.rotary = Rotary(self.head_dim, seq_len) if rope else lambda x, start=0: x
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def flops(self, T):
+        """Forward FLOPs a token besides the weight matrices: scores and mixing, the causal half."""
+        return 2 * T * self.n_head * self.head_dim
+
+    def qkv(self, x):
+        return F.linear(x, torch.cat((self.q.weight, self.k.weight, self.v.weight)))  # one GEMM, three Muon matrices
+
+    def value(self, x):
+        """The values a value residual hands to later layers, (B, T, n_kv_head * D)."""
+        return self.v(x)
+
+    def heads(self, z, v1, start=0):                        # -> q, k, v, each (B, H, T, D)
+        q, k, v = z.split([m.out_features for m in (self.q, self.k, self.v)], dim=-1)
+        v = v if v1 is None else v + v1
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        return self.rotary(self.qk_norm(q), start), self.rotary(self.qk_norm(k), start), v
+
+    def forward(self, x, v1=None):
+        z = self.qkv(x)
+        q, k, v = self.heads(z if self.short_conv is None else self.short_conv(z), v1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def init_state(self, B):
+        cache = self.proj.weight.new_zeros(2, B, self.n_kv_head, self.seq_len, self.head_dim)
+        return self.short_conv and self.short_conv.init_state(B), cache, 0
+
+    def step(self, x, state, v1=None):                      # (B, C) -> (B, C)
+        window, cache, t = state
+        z = self.qkv(x)
+        if self.short_conv is not None:
+            z, window = self.short_conv.step(z, window)
+        q, k, v = self.heads(z[:, None], v1 if v1 is None else v1[:, None], t)
+        cache = cache.index_copy(3, torch.tensor([t], device=x.device), torch.stack((k, v)).type_as(cache))
+        k, v = cache[:, :, :, :t + 1].type_as(q)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_kv_head < self.n_head)
+        return self.proj(y.flatten(1)), (window, cache, t + 1)
+
+
+class Block(nn.Module):
+    """x + scale * mixer(norm x), then x + mlp(norm x). The block owns residuals and norms; parts are pure maps."""
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.mixer = build("mixer", cfg.mixers[layer], cfg, cfg.n_embd, cfg.sequence_length)
+        self.mlp = build("mlp", cfg.mlp, cfg, cfg.n_embd)
+        self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
+
+    def forward(self, x, v1=None):
+        x = x + self.scale * self.mixer(norm(x), v1)
+        return x + self.mlp(norm(x))
+
+    def step(self, x, state, v1=None):
+        y, state = self.mixer.step(norm(x), state, v1)
+        x = x + self.scale * y
+        return x + self.mlp(norm(x)), state
+
+
+class GPT(nn.Module):
+    """idx (B, T) int64 -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats per token."""
+    def __init__(self, cfg):
+        super().__init__()
+        if not cfg.vocab_size:
+            raise ValueError("GPT needs a vocab_size; main() reads it from the shards")
+        self.cfg, L, C = cfg, cfg.n_layer, cfg.n_embd
+        rows = -cfg.vocab_size % 128 * cfg.pad_vocab + cfg.vocab_size
+        self.wte = nn.Embedding(rows, C)
+        self.positions = build("pos", cfg.pos, cfg, C, cfg.sequence_length)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
+        self.head = nn.Linear(C, rows, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.wte.weight
+        self.v_lambda = nn.Parameter(torch.ones(L)) if cfg.value_residual else None  # arXiv 2410.17897
+        self.x0_lambda = nn.Parameter(torch.tensor([[1.0, 0.0]] * L)) if cfg.x0_shortcut else None
+        self.skip_lambda = nn.Parameter(torch.ones(L // 2)) if cfg.unet_skips else None
+        if cfg.value_residual and len({block.mixer.v.out_features for block in self.blocks}) > 1:
+            raise ValueError("--value_residual needs values of one width in all layers: leave out --n_kv_head")
+        init_weights(self)
+
+    def trunk(self, idx, run, start=0):
+        """(B, T) -> (B, T, C), embedding to final norm; run(i, x, v1) applies block i, to a sequence or to one step."""
+        x = self.positions(self.wte(idx), start)
+        x = x0 = norm(x) if self.cfg.embed_norm else x
+        v1 = self.blocks[0].mixer.value(norm(x)) if self.v_lambda is not None else None
+        L, skips = len(self.blocks), []
+        for i in range(L):
+            if self.skip_lambda is not None and i >= L - L // 2:
+                x = x + self.skip_lambda[i - (L - L // 2)] * skips.pop()
+            if self.x0_lambda is not None:
+                x = self.x0_lambda[i, 0] * x + self.x0_lambda[i, 1] * x0
+            x = run(i, x, None if v1 is None or i == 0 else self.v_lambda[i] * v1)
+            if self.skip_lambda is not None and i < L // 2:
+                skips.append(x)
+        return norm(x)
+
+    def logits(self, h):
+        return softcap(self.head(h).float(), self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
+
+    def forward(self, idx, targets=None):
+        h = self.trunk(idx, lambda i, x, v1: self.blocks[i](x, v1))
+        if targets is None:
+            return self.logits(h)
+        return linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.cfg.logit_softcap,
+                                    self.cfg.vocab_size)
+
+    def init_state(self, B):
+        return [block.mixer.init_state(B) for block in self.blocks], 0
+
+    def step(self, idx, state):
+        """One token, idx (B,) -> logits (B, V): the same numbers as forward's column t, at the cost of one column."""
+        states, t = state
+        states = list(states)
+
+        def run(i, x, v1):
+            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1 if v1 is None else v1[:, 0])
+            return x[:, None]
+        return self.logits(self.trunk(idx[:, None], run, t))[:, 0], (states, t + 1)
+
+
+def roles(model):
+    """{parameter: role}: embed, head, proj, matrix, vector or kernel. Exactly one role a parameter.
+
+    A module may declare `role` for its own parameters (a kernel generator must not meet Muon); elsewhere two dimensions
+    or more are (a stack of) matrices. Raises TypeError where that rule would put one parameter under two roles.
+    """
+    table = {}
+    for name, module in model.named_modules():
+        role = getattr(module, "role", None)
+        if module is model.head:
+            role = "embed" if model.cfg.tie_embeddings else "head"
+        elif isinstance(module, nn.Embedding):
+            role = "embed"
+        for p in module.parameters(recurse=False):
+            shape = "vector" if p.ndim < 2 or module is model else "proj" if name.endswith(".proj") else "matrix"
+            own = role or shape
+            if table.setdefault(p, own) != own:
+                raise TypeError(f"{name}: a parameter is both {table[p]} and {own}")
+    return table
+
+
+@torch.no_grad()
+def init_weights(model):
+    """The one initialiser of embeddings, head and projections; every other parameter is initialised by its module."""
+    cfg = model.cfg
+    for p, role in roles(model).items():
+        bound = max(1, p.size(-1)) ** -0.5                  # torch's default for nn.Linear
+        if role == "embed":
+            nn.init.uniform_(p, -bound, bound) if cfg.tie_embeddings else nn.init.normal_(p)
+        elif role == "head" or role == "proj":
+            nn.init.zeros_(p) if cfg.zero_init else nn.init.uniform_(p, -bound, bound)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers. A row of OPTIMS turns {parameter: role} into optimizers; every parameter lands in exactly one group.
+
+def build_adamw(cfg, roles):
+    return [adamw(cfg, roles, cfg.learning_rate, decayed=("matrix", "proj", "embed", "head"))]
+
+
+def build_muon(cfg, roles):
+    matrices = [p for p, role in roles.items() if role in ("matrix", "proj")]
+    rest = {p: role for p, role in roles.items() if role not in ("matrix", "proj")}
+    return [Muon(matrices, cfg.muon_learning_rate, cfg.muon_momentum, cfg.weight_decay),
+            adamw(cfg, rest, cfg.learning_rate, decayed=())]
+
+
+def adamw(cfg, roles, lr, decayed):
+    scale = {"embed": cfg.embed_lr_scale, "head": cfg.head_lr_scale, "kernel": cfg.kernel_lr_scale}
+    groups = [dict(params=[p for p in roles if roles[p] == role], lr=lr * scale.get(role, 1.0),
+                   weight_decay=cfg.weight_decay if role in decayed else 0.0) for role in sorted(set(roles.values()))]
+    return torch.optim.AdamW(groups, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
+
+
+def build_optimizers(cfg, model):
+    optimizers = OPTIMS[cfg.optim][0](cfg, roles(model))
+    owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    assert len(owned) == len(set(owned)) and set(owned) == set(model.parameters()), "a parameter without one optimizer"
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def schedule(optimizers, step, cfg):
+    """Trapezoid: linear warm-up, flat, linear warm-down to 0; and Muon's momentum warm-up."""
+    warmup, warmdown = (step + 1) / max(1, cfg.ramps[0]), (cfg.num_iterations - step) / max(1, cfg.ramps[1])
+    for group in (group for opt in optimizers for group in opt.param_groups):
+        group["lr"] = group["peak_lr"] * min(1.0, warmup, warmdown)
+        if "momentum" in group:
+            warm = step / cfg.muon_momentum_warmup if step < cfg.muon_momentum_warmup else 1.0
+            low = min(0.85, cfg.muon_momentum)
+            group["momentum"] = low + warm * (cfg.muon_momentum - low)
+
+
+# The axes: {row: (class or function, the Config fields it reads)}. A knob of a row that is not in use is an error.
+MIXERS = {
+    "attn": (CausalSelfAttention, ("n_head", "n_kv_head", "rope", "attn_qk_norm", "attn_short_conv")),
+    "afno": (AFNO, ("afno_num_blocks", "afno_sparsity_threshold", "afno_hard_thresholding_fraction",
+                    "afno_hidden_size_factor", "afno_poles", "afno_group_size", "afno_backend")),
+}
+MLPS = {"gelu": (GELU, ("mlp_ratio",)), "relu2": (ReLU2, ("mlp_ratio",))}
+POSITIONS = {"rope": (NoPositions, ()), "none": (NoPositions, ()), "learned": (LearnedPositions, ()),
+             "sinusoidal": (SinusoidalPositions, ())}
+OPTIMS = {"adamw": (build_adamw, ()),
+          "muon": (build_muon, ("muon_learning_rate", "muon_momentum", "muon_momentum_warmup"))}
+AXES = {"mixer": MIXERS, "mlp": MLPS, "pos": POSITIONS, "optim": OPTIMS}
+
+
+def build(axis, row, cfg, *sizes):
+    """The module a row names, with its knobs taken from cfg; a knob's own name is the field's without the row's."""
+    cls, knobs = AXES[axis][row]
+    return cls(*sizes, **{knob.removeprefix(row + "_"): getattr(cfg, knob) for knob in knobs})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+class Windows:
+    """The training windows, and one process's share of them. `batch(step)` is a pure function of the step, so processes
+    never overlap, never skip, and a run can be continued anywhere.
+
+    An epoch visits each window of T + 1 tokens once: in file order, or shuffled, then also cut at a random offset.
+    """
+    def __init__(self, shards, cfg, rank=0, world=1):
+        self.cfg, self.shards, self.rank = cfg, list(shards.values()), rank
+        T, total = cfg.sequence_length, cfg.batch_size * cfg.grad_accumulation_steps  # sequences a step, all processes
+        self.rows, self.micro_batch = total // world, min(cfg.batch_size, total // world)
+        if total % world or self.rows % self.micro_batch:
+            raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {cfg.batch_size} sequences cannot be shared "
+                             f"evenly by {world} processes: change --grad_accumulation_steps")
+        counts = [max(0, (len(s) - 1 - (T - 1) * cfg.shuffle) // T) for s in self.shards]
+        if not sum(counts):
+            raise SystemExit(f"{next(iter(shards))}: shorter than a sequence of {T:,} tokens: lower --sequence_length")
+        self.world, self.ends = world, np.cumsum(counts)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def read(self, windows, offset=0):                      # window numbers (rows,) -> (rows, T + 1) int64
+        T, rows = self.cfg.sequence_length, []
+        for w in windows:
+            s = int(np.searchsorted(self.ends, w, side="right"))
+            start = offset + T * int(w - (self.ends[s - 1] if s else 0))
+            rows.append(self.shards[s][start:start + T + 1])
+        return np.stack(rows).astype(np.int64)
+
+    def batch(self, step):
+        n, parts = len(self), []
+        numbers = (step * self.world + self.rank) * self.rows + np.arange(self.rows)
+        for epoch in np.unique(numbers // n):
+            windows, offset = numbers[numbers // n == epoch] % n, 0
+            if self.cfg.shuffle:
+                rng = np.random.default_rng((self.cfg.seed, epoch))
+                windows, offset = rng.permutation(n)[windows], int(rng.integers(self.cfg.sequence_length))
+            parts.append(self.read(windows, offset))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def stream(self, device, start=0):
+        """Steps, forever: [(inputs, targets) a micro-batch]. A thread prepares the next step while this one runs."""
+        pin = torch.Tensor.pin_memory if device.type == "cuda" else lambda rows: rows
+        with ThreadPoolExecutor(1) as pool:
+            ready = pool.submit(lambda: pin(self.batch(start)))
+            for step in count(start + 1):
+                rows, ready = ready.result(), pool.submit(lambda s=step: pin(self.batch(s)))
+                rows = rows.to(device, non_blocking=True)
+                yield [(r[:, :-1], r[:, 1:]) for r in rows.split(self.micro_batch)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log and checkpoint
+
+class Log:
+    """One run's folder. log.txt starts with all that is needed to run it again: sources, flags, machine, data."""
+    def __init__(self, cfg, device, world, shards):
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+        name = f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
+        self.dir = next(d for i in count() if not (d := Path(cfg.output_dir) / (f"{name}_{i}" if i else name)).exists())
+        try:
+            self.dir.mkdir(parents=True)
+        except OSError as e:
+            raise SystemExit(f"--output_dir {cfg.output_dir}: cannot write there ({e.strerror})") from None
+        self.file, self.tty, self.shown = open(self.dir / "log.txt", "w", buffering=1), sys.stdout.isatty(), 0.0
+        env = environment(device, world, shards)
+        sources = {m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+        for path in sorted(Path(f) for f in sources if Path(f).parent in (ROOT, ROOT / "data")):
+            print(f"=== source {path.name}\n{path.read_text()}", file=self.file)
+        print(f"=== config\n{json.dumps(asdict(cfg))}\n=== env\n{json.dumps(env)}\n=== run", file=self.file)
+
+    def __call__(self, line):
+        print(line, file=self.file)
+        print(("\r\033[K" if self.tty else "") + line, flush=True)
+
+    def progress(self, line):                               # a line that overwrites itself, on a terminal only
+        print("\r\033[K" + line, end="", flush=True)
+        self.shown = time.perf_counter()
+
+
+def save(path, model, cfg, step):
+    """Checkpoint for sampling: weights and config. Written aside and renamed, so a torn file never bears the name."""
+    torch.save(dict(model=model.state_dict(), config=asdict(cfg), step=step), f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Train
+
+@torch.no_grad()
+def evaluate(forward, windows, n, device, rank, world):
+    """Mean loss of the first n windows, nats per token, shared by all ranks; fp32, as the public baseline validates."""
+    B, total = windows.cfg.val_batch_size, torch.zeros((), dtype=torch.float64)
+    for i in range(rank * B, n, world * B):
+        rows = torch.from_numpy(windows.read(range(i, min(i + B, n)))).to(device)
+        total += forward(rows[:, :-1], rows[:, 1:]).cpu().double() * len(rows)
+    if world > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item() / n
+
+
+def new_model(cfg, device):
+    """GPT on a device: weights drawn on the CPU, so that a seed means the same everywhere (on meta: no weights)."""
+    try:
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            return GPT(cfg).to(device)
+    except ValueError as e:                                 # a size that a mixer refuses
+        raise SystemExit(str(e)) from None
+
+
+def average(model, loss, world):
+    """All-reduce gradients and loss at once: processes see equally many tokens, so the mean of means is the mean."""
+    grads = [p.grad for p in model.parameters()] + [loss]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
+
+
+def main(cfg):
+    """Train as cfg says and return the final validation loss in nats per token.
+
+    Raises SystemExit with one line for anything the user can mend: missing or damaged shards, impossible sizes.
+    """
+    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
+    device = pick_device(cfg.device, local_rank)
+    shards, vocab = open_shards(cfg.input_bin)
+    val_shards, val_vocab = open_shards(cfg.input_val_bin)
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab)
+    if max(vocab, val_vocab) > cfg.vocab_size:
+        raise SystemExit(f"vocabulary of {cfg.vocab_size}, but training shards have {vocab}, validation {val_vocab}")
+    windows, val_windows = Windows(shards, cfg, rank, world), Windows(val_shards, replace(cfg, shuffle=False))
+    val_n = min(len(val_windows), max(1, cfg.val_tokens // cfg.sequence_length))
+    if cfg.estimate:                                        # after every check of flags and data, before any weights
+        model = new_model(cfg, torch.device("meta"))
+        return print(report(cfg, model, roles(model), device))
+
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(cfg.seed)
+    model = new_model(cfg, device)
+    optimizers = build_optimizers(cfg, model)
+    n_params, peak = sum(p.numel() for p in model.parameters()), device_peak_flops(device)
+    flops = flops_per_token(roles(model), model.blocks, cfg.sequence_length)
+    log = Log(cfg, device, world, shards | val_shards) if rank == 0 else None
+    say = log or (lambda line: None)
+    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {cfg.num_iterations:,} steps of "
+        f"{cfg.tokens_per_step:,} tokens, validated on {val_n * cfg.sequence_length:,} tokens")
+
+    autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else nullcontext
+    compiled = cfg.compile if cfg.compile is not None else device.type == "cuda"
+    forward, stream, clock = torch.compile(model) if compiled else model, windows.stream(device), Clock(device)
+    if compiled:                                            # compile outside the clock: one dummy pass, no step
+        with autocast():
+            forward(*next(windows.stream(device))[0]).backward()
+        model.zero_grad(set_to_none=True)
+    compile_time, clock, reached = clock.stop(), Clock(device), None
+
+    for step in range(cfg.num_iterations + 1):
+        last = step == cfg.num_iterations
+        if last or cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            seconds = clock.stop()
+            val_loss = evaluate(forward, val_windows, val_n, device, rank, world)
+            say(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} train_time:{1e3 * seconds:.0f}ms "
+                f"step_avg:{1e3 * seconds / max(1, step):.2f}ms")
+            reached = seconds if reached is None and val_loss <= cfg.target_val_loss else reached
+            clock.start()
+        if log and (last or cfg.save_every and step and step % cfg.save_every == 0):
+            save(log.dir / "model.pt", model, cfg, step)
+        if last:
+            break
+
+        schedule(optimizers, step, cfg)
+        batches, train_loss = next(stream), torch.zeros((), device=device)
+        for x, y in batches:
+            with autocast():
+                loss = forward(x, y) / len(batches)
+            loss.backward()
+            train_loss += loss.detach()
+        if world > 1:
+            average(model, train_loss, world)
+        if cfg.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        for opt in optimizers:
+            opt.step()
+        model.zero_grad(set_to_none=True)
+
+        line = (step + 1) % cfg.train_loss_every == 0
+        if line or log and log.tty and time.perf_counter() - log.shown > 1:
+            seconds, train_loss = clock.stop(), float(train_loss)
+            clock.start()
+            if line and not math.isfinite(train_loss):
+                raise SystemExit(f"step {step + 1}: the training loss is {train_loss}: lower the learning rates")
+            rate = (step + 1) * cfg.tokens_per_step / seconds
+            text = (f"step:{step + 1}/{cfg.num_iterations} train_loss:{train_loss:.4f} "
+                    f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f}"
+                    + (f" mfu:{rate * flops / peak / world:.3f}" if peak else ""))
+            if line:
+                say(text)
+            if log and log.tty:
+                log.progress(f"{text} eta:{duration(seconds / (step + 1) * (cfg.num_iterations - step - 1))}")
+
+    stream.close()
+    if len(val_windows) >= 10 * val_n:                      # less noise, and comparable with modded-nanogpt's figures
+        say(f"val_loss on {10 * val_n * cfg.sequence_length:,} tokens:"
+            f"{evaluate(forward, val_windows, 10 * val_n, device, rank, world):.4f}")
+    target = f"time_to_{cfg.target_val_loss}:{'never' if reached is None else f'{reached:.1f}s'} "
+    say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{cfg.tokens_per_step * cfg.num_iterations} "
+        f"train_time:{clock.total:.1f}s with_compile:{clock.total + compile_time:.1f}s "
+        f"{target if cfg.target_val_loss else ''}peak_memory:{peak_memory(device)}MiB")
+    if log:
+        print(f"log and checkpoint: {log.dir}")
+    if world > 1:
+        dist.destroy_process_group()
+    return val_loss
+
+
+if __name__ == "__main__":
+    main(parse())
