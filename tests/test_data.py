@@ -1,0 +1,141 @@
+"""Shards: what open_shard refuses. Windows: every token window once an epoch, whoever reads it."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import open_shard, open_shards
+from train_gpt2 import Windows
+
+
+def write(path, tokens, magic=20240520, version=1, vocab=50, count=None, dtype="<u2", extra=b""):
+    head = np.zeros(256, "<i4")
+    head[:4] = magic, version, len(tokens) if count is None else count, vocab
+    path.write_bytes(head.tobytes() + np.asarray(tokens, dtype).tobytes() + extra)
+    return str(path)
+
+
+# ---------------------------------------------------------------- shards
+
+def test_open_shard(tmp_path):
+    tokens, vocab = open_shard(write(tmp_path / "a.bin", [1, 2, 49]))
+    assert tokens.tolist() == [1, 2, 49] and vocab == 50 and isinstance(tokens, np.memmap)
+    assert open_shard(write(tmp_path / "b.bin", [50256], vocab=0))[1] == 50257           # no vocabulary: GPT-2's
+    tokens, vocab = open_shard(write(tmp_path / "c.bin", [0, 99_999], 20240801, 7, 100_000, dtype="<u4"))
+    assert tokens.tolist() == [0, 99_999] and vocab == 100_000
+
+
+@pytest.mark.parametrize("why, defect", [
+    ("256 is outside", dict(tokens=[1, 256])), ("50257 is outside", dict(tokens=[50257], vocab=0)),
+    ("version 2", dict(version=2)), ("version 1", dict(magic=20240801, dtype="<u4")),
+    ("not a token shard", dict(magic=7)), ("truncated", dict(count=9)), ("truncated", dict(extra=b"\0\0")),
+    ("truncated", dict(tokens=[])), ("truncated", dict(count=-3)), ("truncated", dict(dtype="<u4"))])
+def test_open_shard_refuses(tmp_path, why, defect):
+    path = write(tmp_path / "x.bin", **dict(tokens=[1, 2, 3], vocab=256) | defect)
+    with pytest.raises(SystemExit) as e:
+        open_shard(path)
+    assert why in str(e.value) and path in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"text" * 100, b"\x1f\x8b" * 2000])
+def test_open_shard_refuses_what_is_no_shard(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(SystemExit, match="no such file" if content is None else "not a token shard"):
+        open_shard(str(tmp_path / "x.bin"))
+
+
+def test_open_shards(tmp_path):
+    names = [write(tmp_path / f"{n}.bin", [1, 2]) for n in "ba"]
+    shards, vocab = open_shards(str(tmp_path / "?.bin"))
+    assert list(shards) == sorted(names) and vocab == 50
+    write(tmp_path / "c.bin", [1], vocab=60)
+    for pattern, why in (("?.bin", "different vocabularies"), ("none*", "no shard matches")):
+        with pytest.raises(SystemExit, match=why):
+            open_shards(str(tmp_path / pattern))
+
+
+# ---------------------------------------------------------------- windows
+
+T = 5
+SHARDS = {"a": np.arange(3 * T + 2), "short": 900 + np.arange(3), "b": 1000 + np.arange(2 * T + 1),
+          "c": 2000 + np.arange(4 * T)}
+
+
+def windows(rank=0, world=1, shuffle=False, batch=4, accumulation=1, shards=SHARDS, T=T):
+    cfg = SimpleNamespace(sequence_length=T, batch_size=batch, grad_accumulation_steps=accumulation, shuffle=shuffle)
+    cfg.seed = 3
+    return Windows(shards, cfg, rank, world)
+
+
+def rows(*args, steps, **kwargs):                           # all rows of some steps, in order
+    return torch.cat([windows(*args, **kwargs).batch(step) for step in steps]).tolist()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_epoch_is_every_window_once(world, shuffle):
+    n = len(windows(shuffle=shuffle))
+    steps = range(n)                                        # n steps of 4 are four epochs
+    seen = [r for step in steps for rank in range(world) for r in windows(rank, world, shuffle).batch(step).tolist()]
+    for epoch in range(4):
+        starts = sorted(r[0] for r in seen[epoch * n:epoch * n + n])
+        assert len(set(starts)) == n
+        for shard in SHARDS.values():                       # a grid of T over each shard, from one common offset
+            mine = [s for s in starts if shard[0] <= s <= shard[-1]]
+            assert len(mine) >= (len(shard) - 1) // T - shuffle
+            if mine:
+                assert mine == list(range(mine[0], mine[0] + T * len(mine), T)) and mine[0] - shard[0] < T
+                assert shuffle or mine[0] == shard[0]
+    for r in seen:                                          # inside one shard: x, and y shifted by one
+        assert r == list(range(r[0], r[0] + T + 1)) and any(r[0] in s and r[-1] in s for s in SHARDS.values())
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_processes_share_a_step(shuffle):
+    for step in range(7):                                   # across the borders of shards and epochs
+        whole = windows(shuffle=shuffle).batch(step).tolist()
+        for world in (2, 4):
+            assert [r for rank in range(world) for r in windows(rank, world, shuffle).batch(step).tolist()] == whole
+
+
+def test_file_order():
+    first = [r[0] for r in rows(steps=range(3))]
+    assert first == [0, 5, 10, 1000, 1005, 2000, 2005, 2010, 0, 5, 10, 1000]
+
+
+def test_shuffle_is_a_new_order_and_offset_every_epoch():
+    shards = {"a": np.arange(1001)}
+    w = windows(shuffle=True, shards=shards, batch=1)
+    n = len(w)
+    epochs = [[w.batch(e * n + i)[0, 0].item() for i in range(n)] for e in range(6)]
+    assert n == 199 and len({tuple(e) for e in epochs}) == 6
+    assert len({e[0] % T for e in epochs}) > 1 and all(len({s % T for s in e}) == 1 for e in epochs)
+    assert all(e != sorted(e) for e in epochs)
+    w.cfg.seed += 1
+    assert w.batch(0).tolist() != windows(shuffle=True, shards=shards, batch=1).batch(0).tolist()
+
+
+def test_targets_are_the_inputs_shifted_by_one():
+    (x, y), (x2, y2) = next(windows(batch=2, accumulation=2).stream(torch.device("cpu")))
+    assert x.shape == y.shape == (2, T) and x.dtype == torch.int64
+    assert torch.equal(y, x + 1) and x[0, 0] == 0 and x2[0, 0] == 2 * T
+
+
+def test_stream_is_batch_after_batch():
+    w = windows(rank=1, world=2, shuffle=True, batch=2, accumulation=2)
+    for start in (0, 5):
+        stream = w.stream(torch.device("cpu"), start)
+        for step, micro_batches in zip(range(start, start + 4), stream):
+            ours = torch.cat([torch.cat((x, y[:, -1:]), dim=1) for x, y in micro_batches])
+            assert torch.equal(ours, w.batch(step))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_refusals(shuffle):
+    with pytest.raises(SystemExit, match="a: shorter than a sequence of 20 tokens"):
+        windows(shuffle=shuffle, shards={"a": np.arange(20), "b": np.arange(20)}, T=20)
+    assert len(windows(shuffle=shuffle, shards={"a": np.arange(40)}, T=20)) == 1
+    with pytest.raises(SystemExit, match="cannot be shared"):
+        windows(world=3, shuffle=shuffle)

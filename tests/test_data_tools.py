@@ -1,0 +1,316 @@
+"""data/text.py and data/fineweb.py: round trips, refusals, the embedded shards. Only loopback is used."""
+import argparse
+import bz2
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "data"
+sys.path[:0] = [str(ROOT), str(DATA)]
+
+import fineweb  # noqa: E402  (data/ is no package: its scripts are run, not installed)
+import text as tool  # noqa: E402
+from shards import open_shard  # noqa: E402
+
+EOT = 50256
+DOCS = ["hello world", "Zwölf Boxkämpfer 💡\r\n  \n\nit's  <|endoftext|> here\t\n", "a\u2028b 1234\n\n\n"]
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    return tool.gpt2_encoding()
+
+
+def make(*argv):
+    tool.main([str(a) for a in argv])
+    out = Path(argv[argv.index("--out") + 1])
+    assert not [p for p in out.iterdir() if p.suffix != ".bin"], "temporary files left"
+    shards = {p.stem.removeprefix(out.name + "_"): open_shard(p) for p in sorted(out.iterdir())}
+    return {part: tokens.tolist() for part, (tokens, _) in shards.items()}, {v for _, v in shards.values()}
+
+
+def run(script, *argv, env=None, **kwargs):
+    return subprocess.run([sys.executable, DATA / script, *map(str, argv)], capture_output=True, text=True,
+                          timeout=60, env=os.environ | (env or {}), **kwargs)
+
+
+def refused(done, *words):
+    """The run failed, and said why in one line."""
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+# ---------------------------------------------------------------- what the repository ships
+@pytest.mark.parametrize("name, count, sha", [
+    ("train", 1_003_854, "dcb364f3775720bb463507dfed557aee2d15f20ff7133a43e942bc2f2a9c9986"),
+    ("val", 111_540, "5ed57de70b0ff601f0bed4aa2a1a1f3c321a9c74b0a273736f1a6b91dada9d30")])
+def test_embedded_shards(name, count, sha):
+    path = DATA / f"tinyshakespeare/{name}.bin"
+    tokens, vocab = open_shard(path)
+    assert (len(tokens), vocab) == (count, 256)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == sha
+    assert sha in (DATA / "README.md").read_text(encoding="utf-8")
+
+
+def test_text_py_remakes_the_embedded_shards(tmp_path):
+    whole = np.concatenate([open_shard(DATA / f"tinyshakespeare/{part}.bin")[0] for part in ("train", "val")])
+    (tmp_path / "input.txt").write_bytes(whole.astype(np.uint8).tobytes())
+    make(tmp_path / "input.txt", "--tokenizer", "bytes", "--out", tmp_path / "t")
+    for made, shipped in (("t_train_000001", "train"), ("t_val_000000", "val")):
+        embedded = (DATA / f"tinyshakespeare/{shipped}.bin").read_bytes()
+        assert (tmp_path / f"t/{made}.bin").read_bytes() == embedded
+
+
+def test_gpt2_encoding(gpt2):
+    assert gpt2.n_vocab == 50257 and gpt2.eot_token == EOT
+    assert gpt2.encode_ordinary("hello world") == [31373, 995]
+    assert EOT not in gpt2.encode_ordinary("<|endoftext|>")
+    assert gpt2.encode_ordinary("\n\n\n") == [628, 198]
+    hidden = [*range(33), *range(127, 161), 173]
+    assert gpt2.decode_bytes(range(256)) == bytes([b for b in range(256) if b not in hidden] + hidden)
+
+
+# ---------------------------------------------------------------- text.py: what goes in comes out
+@pytest.mark.parametrize("name", "d.jsonl d.jsonl.gz d.jsonl.bz2 d.txt d.txt.gz d.txt.bz2 d.gz d.bz2".split())
+def test_every_kind_of_file(name, tmp_path, gpt2):
+    docs = [d if d.endswith("\n") else d + "\n" for d in DOCS]
+    if "jsonl" in name:
+        raw = "\n".join(json.dumps({"text": d, "id": i}) for i, d in enumerate(docs)) + "\n\n"
+    else:
+        raw = "<|endoftext|>\n".join(docs[:2]) + "<|endoftext|>\r\n \n<|endoftext|>\n" + docs[2]
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack(raw.encode()))
+    shards, vocab = make(tmp_path / name, "--out", tmp_path / "s", "--val_tokens", 3)
+    assert list(shards) == ["train_000001", "val_000000"] and vocab == {50257}
+    want = [token for d in docs for token in [EOT] + gpt2.encode_ordinary(d)]
+    assert shards["train_000001"] == want[:-3] and shards["val_000000"] == want[-3:]
+
+
+def test_bytes_other_separator_and_held_out_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", newline="")
+    (tmp_path / "b.txt").write_text("three\r\n", newline="")
+    shards, vocab = make(tmp_path / "a.txt", "--val", tmp_path / "b.txt", "--out", tmp_path / "s",
+                         "--tokenizer", "bytes", "--separator", "")
+    assert vocab == {256}
+    assert bytes(shards["train_000001"]) == b"one\ntwo\n" and bytes(shards["val_000000"]) == b"three\r\n"
+
+
+def test_pieces_of_one_big_document_give_the_tokens_of_the_whole(tmp_path, gpt2, monkeypatch):
+    monkeypatch.setattr(tool, "PIECE", 97)
+    monkeypatch.setattr(tool, "BATCH", 500)
+    text = "".join(f"{d} don't_stop... {i}\n\n\n  x  \n" for i in range(60) for d in DOCS)
+    (tmp_path / "big.txt").write_text(text, newline="")
+    shards, _ = make(tmp_path / "big.txt", "--out", tmp_path / "s",
+                     "--val_tokens", 1000, "--shard_tokens", 2000)
+    whole = [EOT] + gpt2.encode_ordinary(text)
+    assert shards.pop("val_000000") == whole[-1000:]
+    assert [len(s) for s in shards.values()][:-1] == [2000] * (len(shards) - 1)
+    assert sum(shards.values(), []) == whole[:-1000]
+
+
+def test_default_validation_part_and_none(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 1001)
+    shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "bytes")
+    assert {k: len(v) for k, v in shards.items()} == {"train_000001": 900, "val_000000": 101}
+    shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "n", "--tokenizer", "bytes", "--val_tokens", 0)
+    assert {k: len(v) for k, v in shards.items()} == {"train_000001": 1001}
+
+
+def test_big_vocabularies_get_uint32(tmp_path):
+    writer = tool.ShardWriter(tmp_path / "q", 0, 151_643, 100)
+    writer.write(np.array([7, 151_642]))
+    writer.close()
+    tokens, vocab = open_shard(tmp_path / "q_000000.bin")
+    assert (tokens.tolist(), tokens.dtype, vocab) == ([7, 151_642], np.uint32, 151_643)
+
+
+# ---------------------------------------------------------------- text.py: refusals
+BAD_INPUT = {           # name: (content, more arguments, words of the answer)
+    "latin1.txt": (b"ok\n\xe9t\xe9\n", [], ["not UTF-8", "latin1.txt", "near line"]),
+    "missing.txt": (None, [], ["no such file"]),
+    "empty.txt": (b"", [], ["hold no text"]),
+    "blank.txt": (b" \n\n", [], ["hold no text"]),
+    "short.txt": (b"hello", ["--val_tokens", "99"], ["too few", "99"]),
+    "paper.pdf": (b"%PDF", [], [".txt", ".jsonl"]),
+    "-": (None, [], [".txt"]),
+    "cut.txt.gz": (gzip.compress(os.urandom(3000).hex().encode())[:1500], [], ["damaged"]),
+    "fake.gz": (b"no gzip at all", [], ["damaged"]),
+    "cut.txt.bz2": (bz2.compress(bytes(3000))[:30], [], ["damaged"]),
+    "fake.bz2": (b"no bzip2 at all", [], ["damaged"]),
+    "row.jsonl": (b'{"text": "a"}\n{"text": \n', [], ["line 2", "not a row"]),
+    "field.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', [], ["line 2", "'text'", "body", "--field"]),
+    "list.jsonl": (b'["a"]\n', [], ["line 1", "list"]),
+    "both.txt": (b"a", ["--val", "x.txt", "--val_tokens", "3"], ["either"]),
+    "zero.txt": (b"a", ["--shard_tokens", "0"], ["at least 1"]),
+    "abbreviated.txt": (b"a", ["--shard", "5"], ["--shard"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_refused_and_leaves_nothing(name, tmp_path, capsys):
+    content, more, words = BAD_INPUT[name]
+    path = Path(name) if name == "-" else tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        tool.main([str(path), "--out", str(tmp_path / "s"), "--tokenizer", "bytes", *more])
+    answer = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.rstrip("\n")
+    assert answer.startswith("text.py: ") and "\n" not in answer
+    assert all(word in answer for word in words), answer
+    assert not (tmp_path / "s").exists() or not list((tmp_path / "s").iterdir())
+
+
+def test_the_command_itself_refuses_in_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("hello " * 50_000)
+    refused(run("text.py", tmp_path / "no.txt", "--out", tmp_path / "s"), "no such file")
+    refused(run("text.py", tmp_path / "a.txt"), "--out")
+    refused(run("text.py", tmp_path / "a.txt", "--out", tmp_path / "a.txt/s"), "cannot write")
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    done = run("text.py", tmp_path / "a.txt", "--out", tmp_path / "s", preexec_fn=small_disk)
+    refused(done, "cannot write")
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_old_shards_are_neither_overwritten_nor_mixed(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "bytes", "--val_tokens", 0)
+    with pytest.raises(SystemExit, match="already there"):
+        make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "bytes")
+
+
+def test_nothing_appears_before_everything_is_written(tmp_path, monkeypatch):
+    def broken(*_):
+        yield np.arange(5)
+        assert not list((tmp_path / "s").glob("*.bin"))
+        raise RuntimeError("power cut")
+    (tmp_path / "a.txt").write_text("hello")
+    monkeypatch.setattr(tool, "tokenise", broken)
+    with pytest.raises(RuntimeError):
+        make(tmp_path / "a.txt", "--out", tmp_path / "s", "--val_tokens", 0, "--shard_tokens", 2)
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_damaged_merges_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "__file__", str(tmp_path / "text.py"))
+    for content in (None, b"", b"BZh9", bz2.compress(b"#version: 0.2\n")):
+        if content is not None:
+            (tmp_path / "gpt2_vocab.bpe.bz2").write_bytes(content)
+        with pytest.raises(SystemExit, match="missing or damaged"):
+            tool.gpt2_encoding()
+
+
+# ---------------------------------------------------------------- fineweb.py against a hub on the loopback
+def shard(count, magic=20240520):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, count
+    return header.tobytes() + (np.arange(count) % 50257).astype("<u2").tobytes()
+
+
+@pytest.fixture
+def hub():
+    """A hub with one dataset, me/toy: `files`, `faults` of the next GETs, `busy` statuses before all."""
+    class Hub(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        files, faults, busy, log = {}, [], [], []
+
+        def do_HEAD(self):
+            self.log.append(f"{self.command} {self.path}")
+            name = self.path.rpartition("/")[2]
+            known = self.path in [f"/datasets/me/toy/resolve/{rev}/{name}" for rev in ("main", "c" * 40)]
+            body = self.files.get(name) if known else None
+            status = self.busy.pop() if known and self.busy else 200 if body is not None else 404
+            self.send_response(status)
+            self.send_header("X-Repo-Commit", "c" * 40)
+            if status == 200:
+                self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            elif status == 404:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            body = body if status == 200 else b""
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            return body
+
+        def do_GET(self):
+            body = self.do_HEAD()
+            fault = self.faults.pop(0) if body and self.faults else ""
+            self.close_connection = fault == "cut off"
+            self.wfile.write({"cut off": body[:500], "flipped": body[:-1] + b"x"}.get(fault, body))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.url = f"http://127.0.0.1:{server.server_port}"
+    Hub.files = {f"fineweb_{name}.bin": shard(n) for name, n in
+                 (("val_000000", 300), ("train_000001", 1000), ("train_000002", 2000))}
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(tmp_path, url, *argv):
+    env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    return run("fineweb.py", *argv, "--out", tmp_path / "out", "--repo", "me/toy", env=env)
+
+
+def test_download_survives_and_continues(hub, tmp_path, capsys):
+    """A busy hub, a body cut off, a flipped byte: retried. A damaged file is replaced, an intact one kept."""
+    out, (val, one, two) = tmp_path / "out", hub.files
+    out.mkdir()
+    (out / one).write_bytes(hub.files[one][:-2])
+    (out / two).write_bytes(hub.files[two])
+    hub.busy, hub.faults = [503], ["cut off", "", "flipped"]
+    done = fetch(tmp_path, hub.url, 2)
+    assert done.returncode == 0 and not hub.faults and not hub.busy, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [[val, "1/2"], [one, "2/2"]]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == hub.files
+    assert not any(two in line for line in hub.log)
+    fineweb.main(["2", "--out", str(out)])      # all there: no hub is asked
+    assert "3 of 3" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_noticed_before_downloading(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "retry", lambda *_, **__: argparse.Namespace(size=10**15))
+    with pytest.raises(SystemExit, match="2000000.0 GB needed"):
+        fineweb.main(["1", "--out", str(tmp_path)])
+
+
+def test_a_file_that_is_no_shard_is_refused(hub, tmp_path):
+    hub.files["fineweb_train_000001.bin"] = b"<html>sign in</html>" * 100
+    refused(fetch(tmp_path, hub.url, 1), "fineweb_train_000001.bin", "not a token shard")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["fineweb_val_000000.bin"]
+
+
+def test_a_file_that_is_not_offered(hub, tmp_path):
+    del hub.files["fineweb_val_000000.bin"]
+    refused(fetch(tmp_path, hub.url, 1), "fineweb_val_000000.bin", "404", "--repo")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_hub_at_all(tmp_path):
+    done = fetch(tmp_path, "http://127.0.0.1:9", 1)
+    refused(done, "127.0.0.1:9", "HTTPS_PROXY", "HF_ENDPOINT", "by hand", "data/text.py")
+    assert not (tmp_path / "out").exists()
+    refused(run("fineweb.py", "104"), "N must be 1 to 103")
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "many", "1.5"])
+def test_a_wrong_number_of_shards(wrong, capsys):
+    with pytest.raises(SystemExit):
+        fineweb.main([wrong])
+    assert capsys.readouterr().err.count("\n") == 1

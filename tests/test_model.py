@@ -1,0 +1,272 @@
+"""The model: clever forms against plain ones, initialisation and roles, what every switch does."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from afno import AFNO, afno_naive
+from blocks import Rotary
+from conv import BACKENDS, DepthwiseCausalConv, ShortConv, ToeplitzConv
+from test_causality import SMALL, apart, awake
+from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, CausalSelfAttention, Config, Muon,
+                        build, build_optimizers, roles)
+
+PLAIN = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=50, sequence_length=16, mixer="attn", mlp="gelu", pos="none",
+             zero_init=True, tie_embeddings=False, pad_vocab=True, embed_norm=False, logit_softcap=0.0,
+             value_residual=False, x0_shortcut=False, unet_skips=False, branch_scale=False)
+SWITCHES = [dict(embed_norm=True), dict(logit_softcap=5.0), dict(value_residual=True), dict(x0_shortcut=True),
+            dict(unet_skips=True), dict(branch_scale=True), dict(attn_qk_norm=False), dict(attn_short_conv=True),
+            dict(mlp="relu2"), *(dict(pos=row) for row in POSITIONS if row != "none")]
+ALL_ON = dict(mixer="afno,attn", n_layer=5, embed_norm=True, logit_softcap=15.0, value_residual=True, x0_shortcut=True,
+              unet_skips=True, branch_scale=True, attn_short_conv=True)
+
+
+def config(**knobs):
+    cfg = PLAIN | knobs
+    return Config(**{k: v for row in cfg["mixer"].split(",") for k, v in SMALL.get(row, {}).items()} | cfg)
+
+
+def model(**knobs):
+    torch.manual_seed(0)
+    return GPT(config(**knobs))
+
+
+def tokens(B=2, T=16):
+    return torch.randint(50, (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def small_afno(backend="auto", **knobs):
+    knobs = dict(num_blocks=2, poles=4, group_size=2, hidden_size_factor=0.75, sparsity_threshold=0.1) | knobs
+    torch.manual_seed(0)
+    return awake(AFNO(8, 9, backend=backend, **knobs)).double()
+
+
+# ---------------------------------------------------------------- clever against plain
+
+@pytest.mark.parametrize("T", [1, 3, 7, 9])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_afno_equals_naive_in_values_and_gradients(backend, fraction, T):
+    m, x = small_afno(backend, hard_thresholding_fraction=fraction), torch.randn(2, T, 8, dtype=torch.float64)
+    x.requires_grad_()
+    results = []
+    for y in (m(x), afno_naive(m, x)):
+        grads = torch.autograd.grad(y.square().sum(), [x, *m.parameters()])
+        results.append((y, *grads))
+    for name, fast, plain in zip(["y", "x", *dict(m.named_parameters())], *results):
+        assert torch.allclose(fast, plain, rtol=1e-9, atol=1e-11), name
+    assert all(g.any() for g in results[0]) or T < 3         # every parameter takes part
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("conv", BACKENDS.values())
+@pytest.mark.parametrize("T", [1, 7, 128, 129, 300])
+def test_convolution_equals_its_matrix(conv, T):
+    u, h, dy = draw(2, T, 12), draw(3, T), torch.randn(2, T, 12, dtype=torch.float64)
+    lag = torch.arange(T)[:, None] - torch.arange(T)
+    matrix = torch.where(lag >= 0, h[:, lag.clamp(min=0)], 0.0)
+    plain = torch.einsum("gts,bsgw->btgw", matrix, u.unflatten(2, (3, 4))).flatten(2)
+    ours = conv(u, h)
+    assert apart(ours, plain) < 1e-12
+    for a, b in zip(torch.autograd.grad(ours, (u, h), dy), torch.autograd.grad(plain, (u, h), dy)):
+        assert apart(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 8])
+def test_gradcheck_of_the_handwritten_backwards(T, monkeypatch):
+    monkeypatch.setattr("conv.BLOCK", 3)                    # several blocks at these lengths
+    torch.autograd.gradcheck(ToeplitzConv.apply, (draw(3, T, 4), draw(3, T)))
+    torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3)))
+    for row in MLPS:
+        torch.autograd.gradcheck(build("mlp", row, config(mlp=row), 4).double(), draw(2, T, 4))
+
+
+def test_short_conv_equals_conv1d():
+    m, x = ShortConv(6), torch.randn(2, 9, 6)
+    y = F.conv1d(F.pad(x.mT, (3, 0)), m.weight.T[:, None], groups=6).mT
+    assert apart(m(x), y) < 1e-6
+
+
+def test_kernel_does_not_depend_on_the_length():
+    m, taps = small_afno(), []
+    m.conv = lambda u, h: taps.append(h) or u
+    for T in (9, 4, 1):
+        m(torch.randn(1, T, 8, dtype=torch.float64))
+        assert torch.equal(taps[-1], taps[0][:, :T])
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_attention_equals_naive(n_kv_head):
+    m = awake(CausalSelfAttention(32, 16, n_head=4, n_kv_head=n_kv_head, qk_norm=False, rope=False))
+    x = torch.randn(2, 11, 32)
+    q, k, v = (part(x).unflatten(2, (-1, 8)).transpose(1, 2) for part in (m.q, m.k, m.v))
+    k, v = (t.repeat_interleave(4 // n_kv_head, dim=1) for t in (k, v))
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(11, 11).triu(1).bool(), -math.inf)
+    assert apart(m(x), m.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))) < 1e-5
+
+
+def test_rotary_is_a_rotation_and_relative():
+    rotary, (q, k) = Rotary(8, 64), torch.randn(2, 8, dtype=torch.float64)
+    Q, K = (rotary(t.expand(1, 1, 64, 8))[0, 0] for t in (q, k))
+    assert apart(Q.norm(dim=1), q.norm().expand(64)) < 1e-6
+    scores = Q @ K.T
+    for lag in (-20, 0, 1, 33):
+        assert apart(scores.diagonal(lag), scores.diagonal(lag)[:1]) < 1e-4
+    assert torch.equal(rotary(q.expand(1, 1, 1, 8), start=5)[0, 0, 0], Q[5])
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_step_equals_forward_with_all_switches_on(pos, tied):
+    m, idx = awake(model(**ALL_ON, pos=pos, tie_embeddings=tied)), tokens()
+    state, columns = m.init_state(2), []
+    for t in range(16):
+        y, state = m.step(idx[:, t], state)
+        columns.append(y)
+    assert apart(torch.stack(columns, 1), m(idx)) < 1e-4
+    y, _ = m.step(idx[:, 0], m.init_state(2))               # a fresh state is fresh
+    assert torch.equal(y, columns[0])
+
+
+# ---------------------------------------------------------------- initialisation, roles, sizes
+
+@pytest.mark.parametrize("knobs", [*(dict(mixer=row) for row in MIXERS), *(dict(pos=row) for row in POSITIONS), ALL_ON,
+                                   dict(tie_embeddings=True, pad_vocab=False), dict(n_kv_head=1, zero_init=False)])
+def test_every_parameter_has_one_initialiser_one_role_one_optimizer(knobs):
+    torch.use_deterministic_algorithms(True)                # torch.empty gives NaN: what nobody initialises shows
+    try:
+        m = model(**knobs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(p.isfinite().all() for p in m.parameters())
+    table = roles(m)
+    assert table.keys() == set(m.parameters())
+    assert set(table.values()) <= {"embed", "head", "proj", "matrix", "vector", "kernel"}
+    for row in OPTIMS:
+        optimizers = build_optimizers(config(**knobs, optim=row), m)
+        owned = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
+        assert len(owned) == len(set(owned)) and set(owned) == set(m.parameters())
+        for opt in optimizers:
+            if isinstance(opt, Muon):
+                assert {table[p] for g in opt.param_groups for p in g["params"]} <= {"matrix", "proj"}
+            for g in opt.param_groups:                      # vectors and kernels never decay
+                assert not g["weight_decay"] or {table[p] for p in g["params"]} <= {"matrix", "proj", "embed", "head"}
+
+
+@pytest.mark.parametrize("mlp", MLPS)
+@pytest.mark.parametrize("row", MIXERS)
+def test_zero_init_makes_every_block_the_identity(row, mlp):
+    m, idx = model(mixer=row, mlp=mlp), tokens()
+    x = torch.randn(2, 16, 32)
+    assert all(torch.equal(block(x), x) for block in m.blocks)
+    assert abs(m(idx, idx).item() - math.log(50)) < 1e-6     # and the head starts at uniform predictions
+    other = model(mixer=row, mlp=mlp, zero_init=False)
+    assert not any(torch.equal(block(x), x) for block in other.blocks)
+
+
+def test_parameter_counts():
+    def count(m):
+        return sum(p.numel() for p in m.parameters())
+    assert count(CausalSelfAttention(64, 9, n_head=4)) == 4 * 64**2
+    assert count(CausalSelfAttention(64, 9, n_head=4, n_kv_head=2)) == 3 * 64**2
+    N, P, d, hidden, G = 2, 4, 8, 6, 16
+    m = AFNO(64, 9, num_blocks=N, poles=P, group_size=4, hidden_size_factor=1.5)
+    kernel = 2 * N * P + 2 * N * (P * d + P * hidden + hidden * d + hidden + d) + G
+    assert count(m.kernel) == kernel and count(m) == 4 * 64**2 + 4 * 3 * 64 + 64 + kernel
+    with torch.device("meta"):
+        cfg = config(model="d12", n_layer=0, n_head=0, n_embd=0, vocab_size=50257, sequence_length=1024,
+                     tie_embeddings=True, pad_vocab=False, pos="rope")
+        assert count(GPT(cfg)) == 123_532_032               # GPT-2 small without biases, gains and positions
+
+
+def test_roles_of_the_parts():
+    m = model(**ALL_ON, pos="learned")
+    table = {name: roles(m)[p] for name, p in m.named_parameters()}
+    assert {role for name, role in table.items() if ".kernel." in name} == {"kernel"}     # never Muon, never decayed
+    assert {role for name, role in table.items() if name.endswith("proj.weight")} == {"proj"}
+    assert table["wte.weight"] == table["positions.weight"] == "embed" and table["head.weight"] == "head"
+    for name in ("blocks.0.mixer.D", "blocks.0.mixer.short_conv.weight", "v_lambda", "x0_lambda", "skip_lambda"):
+        assert table[name] == "vector"
+    assert {table[f"blocks.1.mixer.{w}.weight"] for w in "qkv"} | {table["blocks.1.mlp.fc.weight"]} == {"matrix"}
+
+
+def test_tied_head_is_the_embedding():
+    m = model(tie_embeddings=True)
+    assert m.head.weight is m.wte.weight and roles(m)[m.head.weight] == "embed"
+    free = model(tie_embeddings=False)
+    assert free.head.weight is not free.wte.weight and roles(free)[free.head.weight] == "head"
+
+
+def test_padding_the_vocabulary_changes_nothing():
+    bare, padded, idx = awake(model(pad_vocab=False)), awake(model()), tokens()
+    assert padded.wte.weight.shape == (128, 32) and bare.wte.weight.shape == (50, 32)
+    with torch.no_grad():
+        for p, q in zip(padded.parameters(), bare.parameters()):
+            p[:len(q)] = q
+        padded.head.weight[50:] = 1e3                       # would win every softmax
+    assert torch.allclose(padded(idx), bare(idx), atol=1e-5) and padded(idx).shape == (2, 16, 50)
+    losses = [m(idx, idx.roll(1, 1)) for m in (padded, bare)]
+    assert torch.allclose(*losses)
+    losses[0].backward()
+    assert not padded.head.weight.grad[50:].any() and padded.head.weight.grad[:50].any()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("row", MIXERS)
+def test_loss_is_the_cross_entropy_of_the_logits(row, softcap):
+    m, idx = awake(model(mixer=row, logit_softcap=softcap)), tokens()
+    loss = F.cross_entropy(m(idx).flatten(0, 1), idx.roll(1, 1).flatten())
+    assert torch.allclose(m(idx, idx.roll(1, 1)), loss) and m(idx).abs().max() < (softcap or 1e9)
+
+
+# ---------------------------------------------------------------- switches, precision
+
+def output(**knobs):                                        # the same weights, wherever a model has them
+    m = awake(model(**knobs))
+    m.load_state_dict(awake(model()).state_dict(), strict=False)
+    return m(tokens())
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_every_switch_changes_the_output(switch):
+    assert apart(output(**switch), output()) > 1e-3
+
+
+def test_every_afno_knob_changes_the_output():
+    x = torch.randn(1, 9, 8, dtype=torch.float64)
+    for knob in (dict(sparsity_threshold=0.3), dict(hard_thresholding_fraction=0.5)):
+        assert apart(small_afno(**knob)(x), small_afno()(x)) > 1e-3
+
+
+@pytest.mark.parametrize("knobs", [*({"mixer": row} for row in MIXERS), dict(mixer="afno", afno_backend="fft"), ALL_ON])
+def test_bfloat16_autocast_is_finite_and_near(knobs):
+    m, idx = awake(model(**knobs)), tokens()
+    exact = m(idx, idx.roll(1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = m(idx, idx.roll(1, 1))
+    loss.backward()
+    assert abs(loss - exact) < 0.05 * exact and loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in m.parameters())
+
+
+def test_block_adds_its_parts():
+    class One(nn.Module):
+        def forward(self, x, v1=None):
+            return torch.ones_like(x)
+    block, x = Block(config(branch_scale=True), 0), torch.randn(2, 5, 32)
+    block.mixer = block.mlp = One()
+    assert torch.allclose(block(x), x + 0.5 + 1.0)          # 1 / sqrt(2 * 2 layers), and the MLP's branch as it is
+
+
+@pytest.mark.parametrize("row", MIXERS)
+def test_the_contract_of_a_mixer(row):
+    m, x = awake(model(mixer=row)).blocks[0].mixer, torch.randn(3, 5, 32)
+    assert hasattr(m, "step") == hasattr(m, "init_state") and isinstance(m.proj, nn.Linear) and m.flops(16) > 0
+    assert type(m).__doc__ and m(x).shape == x.shape
+    if hasattr(m, "value"):                                 # v1 is added to the values: their negative silences all
+        assert m(x, -m.value(x)).abs().max() < 1e-5 and m(x).abs().max() > 0.1

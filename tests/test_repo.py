@@ -1,0 +1,71 @@
+"""The repository itself: it stays small, importing runs nothing, links resolve, four dependencies are enough."""
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CAPS = {"train_gpt2.py": 650, "test_causality.py": 250}     # lines; to add at the cap, first remove
+OTHERS = 200
+DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
+PAGES = [ROOT / "README.md", *(ROOT / "records").glob("**/*.md"), ROOT / "data/README.md"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
+def test_files_stay_small(path):
+    assert len(path.read_text().splitlines()) <= CAPS.get(path.name, OTHERS)
+
+
+def test_importing_runs_nothing(tmp_path):
+    code = "import train_gpt2, torch.distributed as dist; assert not dist.is_initialized()"
+    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", RANK="x", WORLD_SIZE="x")
+    command = [sys.executable, "-c", code, "--nonsense"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_four_dependencies():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines} == DEPENDENCIES and len(lines) == 4
+    local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]} | {"data"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
+        for node in ast.parse(path.read_text()).body:       # what is optional is imported where it is used
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.split(".")[0] for name in names} - local - sys.stdlib_module_names - DEPENDENCIES:
+                assert name == "pytest" and path.name.startswith("test_"), f"{path.name} needs {name}"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ruff"), reason="ruff is not installed")
+def test_ruff():
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_resolve(page):
+    if not page.exists():
+        pytest.skip("not written yet")
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", text):
+        target = "".join(link).split("#")[0]
+        assert "://" in target or not target or (page.parent / target).exists(), target
+
+
+def test_scripts_are_executable():
+    assert all(os.access(path, os.X_OK) for path in ROOT.glob("run_*.sh") if path.name != "run_race.sh")
+
+
+def test_no_large_file_is_tracked():
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, done.stdout.split("\0")):
+        path = ROOT / name
+        assert not path.exists() or path.stat().st_size <= 2_100_000, name               # the embedded training shard

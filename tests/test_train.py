@@ -1,0 +1,203 @@
+"""Whole runs of main(): losses fall, the log is complete, and the split of a step over processes does not matter.
+
+The golden curve changes only when the baseline's numbers are meant to: PYTHONPATH=. python tests/test_train.py
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import open_shards
+from test_causality import SMALL
+from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config, Windows, evaluate, main
+
+GOLDEN = Path(__file__).with_name("golden_attn.txt")
+TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=8, val_batch_size=3, val_tokens=7 * 16,
+            num_iterations=5, warmup_iters=0, warmdown_iters=0, train_loss_every=1, val_loss_every=2, mixer="attn",
+            optim="adamw", learning_rate=0.003, embed_lr_scale=1.0, head_lr_scale=1.0, kernel_lr_scale=1.0,
+            zero_init=True, device="cpu", compile=False)
+STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms"
+                  r"( tok/s:\d+)?( mfu:0\.\d+)?")
+FINAL = re.compile(r"final val_loss:(\d+\.\d{4}) params:(\d+) tokens:(\d+) train_time:(\d+\.\d)s .*peak_memory:\d+MiB")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Two training shards and a validation shard of a language with 24 words, easy to learn."""
+    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    for name, n in (("train_0", 3000), ("train_1", 2000), ("val", 400)):
+        head = np.zeros(256, "<i4")
+        head[:4] = 20240520, 1, n, 24
+        steps = rng.choice([1, 2, 7], n, p=[0.7, 0.2, 0.1])
+        (folder / f"{name}.bin").write_bytes(head.tobytes() + (steps.cumsum() % 24).astype("<u2").tobytes())
+    return dict(input_bin=str(folder / "train_*.bin"), input_val_bin=str(folder / "val.bin"))
+
+
+def knobs_of(row, **knobs):
+    return dict(mixer=row) | SMALL.get(row, {}) | knobs
+
+
+def train(out, **knobs):
+    """-> (final validation loss, the run's folder)"""
+    loss = main(Config(**TINY | dict(output_dir=str(out)) | knobs))
+    return loss, max(out.iterdir(), key=lambda d: d.stat().st_mtime_ns)
+
+
+def steps(folder, kind):
+    """The train or validation losses of a log."""
+    lines = (folder / "log.txt").read_text().split("\n=== run\n")[1].splitlines()
+    return [float(m[4]) for m in map(STEP.fullmatch, lines) if m and m[3] == kind]
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def same_run(a, b, tolerance):
+    """Two runs that should differ in rounding only."""
+    for kind in ("train", "val"):
+        assert steps(a, kind) == pytest.approx(steps(b, kind), abs=1.01e-4)              # four decimals are printed
+    for (name, p), q in zip(weights(a)["model"].items(), weights(b)["model"].values()):
+        assert torch.allclose(p, q, atol=tolerance), name
+
+
+def checkpoint_loss(folder, batch=3):
+    """The validation loss of a saved model, read as another program would."""
+    saved = weights(folder)
+    cfg = Config(**saved["config"] | dict(shuffle=False, val_batch_size=batch))
+    model = GPT(cfg)
+    model.load_state_dict(saved["model"])
+    return evaluate(model, Windows(open_shards(cfg.input_val_bin)[0], cfg), 7, torch.device("cpu"), 0, 1)
+
+
+@pytest.mark.parametrize("row", MIXERS)
+def test_loss_falls(shards, tmp_path, row):
+    loss, folder = train(tmp_path, **shards, **knobs_of(row), num_iterations=30, val_loss_every=30, learning_rate=0.01)
+    first, last = steps(folder, "val")
+    assert abs(first - math.log(24)) < 1e-3 and last < first - 0.8 and abs(loss - last) < 1e-4
+    assert len(steps(folder, "train")) == 30
+
+
+def test_log_is_complete(shards, tmp_path):
+    loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
+    text = (folder / "log.txt").read_text()
+    for name in ("train_gpt2.py", "afno.py", "blocks.py", "conv.py", "loss.py", "muon.py", "machine.py",
+                 "data/shards.py"):
+        assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in text, name
+    config, env = (json.loads(re.search(rf"\n=== {part}\n(.*)\n", text)[1]) for part in ("config", "env"))
+    assert Config(**config) == Config(**TINY | shards | knobs_of("afno"), output_dir=str(tmp_path), vocab_size=24,
+                                      target_val_loss=9.0)
+    assert env["torch"] == torch.__version__ and env["processes"] == 1 and env["command"] == sys.argv
+    assert len(env["shards"]) == 3
+    for path, digest in env["shards"].items():
+        assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
+
+    lines = text.split("\n=== run\n")[1].splitlines()
+    parsed = [STEP.fullmatch(line) for line in lines[1:]]
+    assert [m[1] + m[3][0] for m in parsed if m] == ["0v", "1t", "2t", "2v", "3t", "4t", "4v", "5t", "5v"]
+    final = FINAL.fullmatch(lines[-1])
+    assert final and float(final[1]) == pytest.approx(loss, abs=1e-4) and int(final[3]) == 5 * 8 * 16
+    assert int(final[2]) == sum(p.numel() for p in weights(folder)["model"].values())
+    assert "time_to_9.0:0.0s" in lines[-1] and lines[0].startswith(f"{int(final[2]):,} parameters, afno")
+    assert "val_loss on" not in text.split("\n=== run\n")[1]                            # 400 tokens are not 10 x 112
+
+
+def test_longer_validation_at_the_end(shards, tmp_path):
+    _, folder = train(tmp_path, **shards, num_iterations=1, val_tokens=2 * 16)
+    assert re.search(r"^val_loss on 320 tokens:\d\.\d{4}$", (folder / "log.txt").read_text(), re.MULTILINE)
+
+
+def test_two_runs_never_share_a_folder(shards, tmp_path):
+    for _ in range(3):
+        train(tmp_path, **shards, num_iterations=1)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_same_seed_same_numbers(shards, tmp_path):
+    results = [train(tmp_path / str(i), **shards, seed=seed, zero_init=False) for i, seed in enumerate((1, 1, 2))]
+    assert results[0][0] == results[1][0] != results[2][0]
+
+
+def test_checkpoint_reproduces_the_loss(shards, tmp_path):
+    loss, folder = train(tmp_path, **shards, **knobs_of("afno"), save_every=2)
+    for batch in (3, 7, 1):                                 # 7 windows: the last batch of 3 is short, and weighs less
+        assert checkpoint_loss(folder, batch) == pytest.approx(loss, abs=1e-6)
+    assert weights(folder)["step"] == 5 and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_gradient_accumulation(shards, tmp_path, optim):
+    runs = [train(tmp_path / f"{b}", **shards, optim=optim, batch_size=b, grad_accumulation_steps=8 // b)
+            for b in (8, 4, 1)]
+    for loss, folder in runs[1:]:
+        assert loss == pytest.approx(runs[0][0], abs=1e-5)
+        same_run(folder, runs[0][1], 1e-4)
+
+
+def torchrun(n, out, **knobs):
+    flags = [f"--{'' if value is not False else 'no-'}{name}" + (f"={value}" if not isinstance(value, bool) else "")
+             for name, value in (TINY | dict(output_dir=out) | knobs).items()]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
+                           "train_gpt2.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    return next(out.iterdir())
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+@pytest.mark.parametrize("row", ["attn", "afno"])
+def test_two_processes_train_like_one(shards, tmp_path, row, optim):
+    knobs = knobs_of(row, **shards, optim=optim, grad_clip=1.0)
+    loss, one = train(tmp_path / "one", **knobs)
+    two = torchrun(2, tmp_path / "two", **knobs)
+    same_run(one, two, 1e-4)
+    assert checkpoint_loss(two) == pytest.approx(loss, abs=1e-5)
+    assert len(list((tmp_path / "two").iterdir())) == 1     # one log, of rank 0
+
+
+def test_clipped_gradients_move_little(shards, tmp_path):
+    loss, _ = train(tmp_path, **shards, grad_clip=1e-10)    # far below AdamW's epsilon
+    assert loss == pytest.approx(math.log(24), abs=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path, **shards, learning_rate=1e38, optim="adamw", logit_softcap=0.0)
+    assert re.fullmatch(r"step \d: the training loss is (nan|inf): .*", str(e.value))
+
+
+# ---------------------------------------------------------------- the attention baseline does not move
+
+def golden_curve(out):
+    """Every value that the numbers depend on is written out: a default may change without moving the curve."""
+    cfg = dict(
+        input_bin="data/tinyshakespeare/train.bin", input_val_bin="data/tinyshakespeare/val.bin", seed=0, shuffle=True,
+        sequence_length=64, batch_size=4, grad_accumulation_steps=2, val_tokens=4096, val_loss_every=10,
+        val_batch_size=16, mixer="attn", n_layer=2, n_head=4, n_embd=64, n_kv_head=0, attn_qk_norm=True,
+        attn_short_conv=False, pos="rope", mlp="relu2", mlp_ratio=4.0, zero_init=True, tie_embeddings=False,
+        pad_vocab=True, embed_norm=True, logit_softcap=15.0, value_residual=False, x0_shortcut=False, unet_skips=False,
+        branch_scale=False, optim="muon", muon_learning_rate=0.03, muon_momentum=0.95, muon_momentum_warmup=300,
+        learning_rate=0.003, embed_lr_scale=1.0, head_lr_scale=1.0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95,
+        grad_clip=0.0, num_iterations=20, warmup_iters=2, warmdown_iters=10)
+    _, folder = train(out, **cfg)
+    return [*steps(folder, "train"), *steps(folder, "val")]
+
+
+def test_golden_curve(tmp_path):
+    assert golden_curve(tmp_path) == pytest.approx([float(x) for x in GOLDEN.read_text().split()], rel=2e-3)
+
+
+if __name__ == "__main__":
+    import tempfile
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as tmp:
+        curve = golden_curve(Path(tmp))
+    GOLDEN.write_text("\n".join(f"{x:.4f}" for x in curve) + "\n")
