@@ -7,6 +7,6 @@ RACE=(--model d12 --mixer afno,afno,afno,attn
       --warmup_iters 0 --warmdown_iters 2400
       --batch_size 16 --grad_accumulation_steps 16 --sequence_length 1024 --num_iterations 4000 --no-shuffle
       --val_loss_every 125 --train_loss_every 25 --target_val_loss 3.3821)
-EMBEDDED=()
+EMBEDDED=(--target_val_loss 1.8857)                                   # where nanoGPT's CPU recipe ends
 SHARDS=11                                                            # 1.05B tokens
 source "$(dirname "$0")/run_race.sh"

@@ -113,7 +113,7 @@ class Config:
     compile: bool | None = None                             # torch.compile; not said: on CUDA only
     val_tokens: int = 1_048_576                             # first tokens of the validation shards
     val_batch_size: int = 16
-    val_loss_every: int = 200                               # steps; 0: at the end only
+    val_loss_every: int = 125                               # steps; 0: at the end only
     train_loss_every: int = 25                              # steps between train lines in the log
     save_every: int = 0                                     # steps between checkpoints; 0: none
     target_val_loss: float = 0.0                            # report the time it takes to reach this
