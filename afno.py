@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from blocks import norm
 from conv import BACKENDS, BLOCK, ShortConv, toeplitz_conv
+from linear import Linear
 
 
 class FourierKernel(nn.Module):
@@ -83,7 +84,7 @@ class AFNO(nn.Module):
     Raises ValueError where the sizes do not divide.
     """
     def __init__(self, dim, seq_len, *, num_blocks=0, sparsity_threshold=0.01, hard_thresholding_fraction=1.0,
-                 hidden_size_factor=1.0, poles=16, group_size=0, backend="auto"):
+                 hidden_size_factor=1.0, poles=16, group_size=0, backend="auto", linear=Linear):
         super().__init__()
         group_size = group_size or math.gcd(16, dim)
         num_blocks = num_blocks or math.gcd(8, dim // group_size)
@@ -95,19 +96,19 @@ class AFNO(nn.Module):
         self.dim, self.seq_len = dim, seq_len
         # Below a few thousand tokens the quadratic GEMM beats cuFFT, which is fp32 and bound by memory traffic.
         self.conv = BACKENDS[backend if backend != "auto" else "toeplitz" if seq_len <= 2048 else "fft"]
-        self.q, self.k, self.v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.q, self.k, self.v = (linear(dim, dim) for _ in range(3))
         self.short_conv = ShortConv(3 * dim)
         self.kernel = FourierKernel(dim // group_size, seq_len, num_blocks, poles, int(poles * hidden_size_factor),
                                     sparsity_threshold, hard_thresholding_fraction)
         self.D = nn.Parameter(torch.ones(dim))
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.proj = linear(dim, dim)
 
     def flops(self, T):
         """Forward FLOPs a token besides the weight matrices: of the Toeplitz GEMMs, or of two real FFTs."""
         return (T + BLOCK) * self.dim if self.conv is toeplitz_conv else int(10 * self.dim * math.log2(2 * T))
 
     def qkv(self, x, v1=None):
-        z = F.linear(x, torch.cat((self.q.weight, self.k.weight, self.v.weight)))    # one GEMM, three matrices for Muon
+        z = self.q.together(x, (self.q, self.k, self.v))
         return z if v1 is None else torch.cat((z[..., :-self.dim], z[..., -self.dim:] + v1), dim=-1)
 
     def value(self, x):

@@ -1,7 +1,4 @@
-"""The small parts that mixers and the trainer share: norm, positions, MLPs.
-
-Letters: B batch, T time, C channels, H heads, D head width.
-"""
+"""What a block is held together by, norms and residuals, and added positions. Letters: B batch, T time, C channels."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -12,7 +9,98 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-# Positions. `added` ones give (B, T, C) -> (B, T, C) at the embedding; rotary acts on heads, inside attention.
+# Norms. A row says, for each of a block's two branches, what the residual carries and what the branch reads: (x, h).
+
+class PreNorm(nn.Module):
+    """x + f(norm x), the usual."""
+    def __init__(self, dim, layer):
+        super().__init__()
+
+    def forward(self, x):
+        return x, norm(x)
+
+    def mixer(self, x):
+        return self(x)
+
+    def mlp(self, x):
+        return self(x)
+
+
+class LayerNormScaling(PreNorm):
+    """x + f(norm(x) / sqrt(l)) in block l = 1, 2, ...: deep blocks stay useful (arXiv 2502.05795).
+
+    Inert in front of what ignores scale: QK-norm (all but the values), PolyNorm, the keys of a delta rule.
+    """
+    def __init__(self, dim, layer):
+        super().__init__(dim, layer)
+        self.scale = (layer + 1) ** -0.5
+
+    def forward(self, x):
+        return x, self.scale * norm(x)
+
+
+class HybridNorm(nn.Module):
+    """y = x + attention(x), normalised inside its heads (head_norm qkv); then z + mlp(z) of z = gain * norm(y).
+
+    The residual carries z, not y. Source: arXiv 2503.04598, github.com/BryceZhuo/HybridNorm.
+    """
+    def __init__(self, dim, layer):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+
+    def mixer(self, x):
+        return x, x
+
+    def mlp(self, x):
+        z = norm(x) * self.gain.type_as(x)
+        return z, z
+
+
+def hybrid_star(dim, layer):
+    """HybridNorm*: as HybridNorm, but the first block is pre-norm in both branches."""
+    return HybridNorm(dim, layer) if layer else PreNorm(dim, layer)
+
+
+# Residuals: what a block makes of the stream x and the output y of branch 0 (mixer) or 1 (MLP).
+
+class Add(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+
+    def forward(self, x, y, branch):
+        return x + y
+
+
+class GatedResidual(nn.Module):
+    """x + sigmoid(g) * y, a learned g a channel and branch; it starts at 0, the branch at half its strength."""
+    role = "vector"
+
+    def __init__(self, dim):
+        super().__init__()
+        self.g = nn.Parameter(torch.zeros(2, dim))
+
+    def forward(self, x, y, branch):
+        return x + torch.sigmoid(self.g[branch]).type_as(y) * y
+
+
+class GPAS(nn.Module):
+    """(1 - SiLU(a)) (x + y) forward, gradients as if nothing were scaled: a scalar a, shared by the block's branches.
+
+    a starts at 0, the identity. Its gradient sums over all tokens and channels, so the trainer clips those of all
+    blocks together to the norm `clip`, apart from the rest. Source: arXiv 2506.22049, github.com/dandingsky/GPAS.
+    """
+    role = "gate"
+
+    def __init__(self, dim, *, clip):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, y, branch):
+        h = x + y
+        return h - F.silu(self.a).type_as(h) * h.detach()
+
+
+# Positions, added to the embedding, (B, T, C) -> (B, T, C). Rotary ones act on heads: see attention.py.
 
 class NoPositions(nn.Module):
     def __init__(self, dim, seq_len):
@@ -42,56 +130,3 @@ class SinusoidalPositions(nn.Module):
 
     def forward(self, x, start=0):
         return x + self.table[start:start + x.size(1)]
-
-
-class Rotary(nn.Module):
-    """Rotary positions (Su et al., arXiv 2104.09864), pairing the two halves of a head: (B, H, T, D) -> same."""
-    def __init__(self, dim, seq_len, base=10000.0):
-        super().__init__()
-        if dim % 2:
-            raise ValueError(f"rotary positions need heads of an even width, not {dim}: change --n_head or --pos")
-        angle = torch.arange(seq_len)[:, None] * base ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
-
-    def forward(self, x, start=0):
-        cos, sin = self.cos[start:start + x.size(2)], self.sin[start:start + x.size(2)]
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
-
-
-# MLPs, (B, T, C) -> (B, T, C), no biases
-
-class MLP(nn.Module):
-    """proj(activation(fc x))."""
-    def __init__(self, dim, *, mlp_ratio):
-        super().__init__()
-        self.fc = nn.Linear(dim, int(mlp_ratio * dim), bias=False)
-        self.proj = nn.Linear(int(mlp_ratio * dim), dim, bias=False)
-
-    def forward(self, x):
-        return self.proj(self.activation(self.fc(x)))
-
-
-class GELU(MLP):
-    def activation(self, x):
-        return F.gelu(x)
-
-
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 (So et al., arXiv 2109.08668). Its own backward makes two passes, autograd's makes six."""
-    @staticmethod
-    def forward(ctx, x):
-        r = F.relu(x)
-        ctx.save_for_backward(r)
-        return r * r
-
-    @staticmethod
-    def backward(ctx, dy):
-        r, = ctx.saved_tensors
-        return (dy * r).mul_(2)
-
-
-class ReLU2(MLP):
-    def activation(self, x):
-        return SquaredReLU.apply(x)

@@ -47,9 +47,9 @@ def report(cfg, model, roles, device):
     params, tokens, flops = sum(count.values()), cfg.tokens_per_step * cfg.num_iterations, flops_per_token(
         roles, model.blocks, cfg.sequence_length)
     width = 2 if device.type == "cuda" else 4                        # bytes of an activation
-    moments = {"adamw": 2, "muon": 1}                                # AdamW keeps two, Muon one
-    matrices = count.get("matrix", 0) + count.get("proj", 0)
-    state = 4 * (2 * params + 2 * (params - matrices) + moments.get(cfg.optim, 2) * matrices)
+    inner, other = {"adamw": (2, 2), "muon": (1, 2), "ademamix": (3, 3), "soap": (6, 2)}[cfg.optim]
+    matrices = count.get("matrix", 0) + count.get("proj", 0)         # inner, other: an optimizer's numbers a weight
+    state = 4 * (2 * params + inner * matrices + other * (params - matrices))
     activations = cfg.batch_size * cfg.sequence_length * cfg.n_layer * cfg.n_embd * width * 16
     logits = 3 * 4 * min(2**27, cfg.batch_size * cfg.sequence_length * cfg.vocab_size)
     lines = [
@@ -68,7 +68,8 @@ def report(cfg, model, roles, device):
         rates.insert(0, (0.5 * peak, "this GPU at 50% MFU"))
     elif device.type == "cpu":
         rates.insert(0, (0.3 * matmul_flops(), "this CPU at 30% of its fp32 peak"))
-    lines += [("time", f"about {duration(flops * tokens / rate)} on {where}") for rate, where in rates]
+    lines += [("time", f"about {duration(flops * tokens / rate)} on {where}") for rate, where in rates
+              if flops * tokens > rate]                              # a second or more
     return "\n".join(f"{key:14} {text}" for key, text in lines)
 
 

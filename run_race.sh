@@ -1,18 +1,20 @@
-# Sourced by run_*.sh, which set RACE (flags of the FineWeb race), EMBEDDED (flags of the small run) and SHARDS to fetch.
+# Sourced by run_*.sh, which set RACE (flags of the FineWeb race), EMBEDDED (flags of the small run), SHARDS to fetch, and
+# where they differ from the defaults REPO, DATA, VOCAB (of the shards) and EXTRA (optional packages).
+REPO=${REPO:-kjj0/fineweb10B-gpt2} DATA=${DATA:-data/fineweb10B} VOCAB=${VOCAB:-50257}
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
-FINEWEB=(--input_bin 'data/fineweb10B/fineweb_train_*.bin' --input_val_bin 'data/fineweb10B/fineweb_val_*.bin')
 check() { "$python" train_gpt2.py "$@"; }                            # a wrong flag or shard ends here, with one line
-out=logs previous=
+out=logs own_data= previous=
 for flag in "$@"; do
-    [[ $flag == --estimate || $flag == --help ]] && { check --vocab_size 50257 "${RACE[@]}" "$@"; exit; }
+    [[ $flag == --estimate || $flag == --help ]] && { check --vocab_size "$VOCAB" "${RACE[@]}" "$@"; exit; }
     [[ $previous == --output_dir ]] && out=$flag
     [[ $flag == --output_dir=* ]] && out=${flag#*=}
+    [[ $flag == --input_bin* ]] && own_data=1
     previous=$flag
 done
 if has_cuda; then
-    flags=("${FINEWEB[@]}" "${RACE[@]}" "$@")
-    check --vocab_size 50257 "${RACE[@]}" "$@" --estimate >/dev/null # before anything is fetched
-    "$python" data/fineweb.py "$SHARDS"
+    flags=(--input_bin "$DATA/*_train_*.bin" --input_val_bin "$DATA/*_val_*.bin" "${RACE[@]}" "$@")
+    check --vocab_size "$VOCAB" "${RACE[@]}" "$@" --estimate >/dev/null                   # before anything is fetched
+    [[ $own_data ]] || "$python" data/fineweb.py "$SHARDS" --repo "$REPO" --out "$DATA"
 else
     echo "no CUDA device: this is the embedded run (Tiny Shakespeare, byte by byte) instead of the FineWeb race"
     flags=("${EMBEDDED[@]}" "$@")

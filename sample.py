@@ -24,13 +24,15 @@ def load(path):
         raise SystemExit(f"{path}: not a checkpoint of this code ({str(e).splitlines()[0][:100]})") from None
 
 
-def codec(vocab_size):
-    """Vocabulary size -> (text -> token ids, token ids -> text): bytes, or GPT-2's tokens."""
-    if vocab_size == 256:
-        return lambda text: list(text.encode()), lambda ids: bytes(ids).decode(errors="replace")
-    from data.text import gpt2_encoding
-    gpt2 = gpt2_encoding()
-    return gpt2.encode_ordinary, gpt2.decode
+def codec(vocab_size, ranks=None):
+    """Vocabulary size -> (text -> token ids, token ids -> text), with text.py's tokenizer of that size."""
+    from data.text import TOKENIZERS
+    sizes = {"bytes": (256, 256), "gpt2": (50257, 50304), "qwen": (151_643, 151_936)}       # unpadded, and padded
+    name = next((name for name, (low, high) in sizes.items() if low <= vocab_size <= high), None)
+    if not name:
+        raise SystemExit(f"no tokenizer for a vocabulary of {vocab_size:,} tokens, only for {sizes}")
+    encode, decode = TOKENIZERS[name][2](ranks)
+    return lambda text: [int(token) for token in encode([text])[0]], decode
 
 
 @torch.no_grad()
@@ -63,6 +65,7 @@ def main(argv=None):
     p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
     p.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0: among all")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--ranks", type=Path, metavar="FILE", help="for Qwen's tokens, as in data/text.py")
     args = p.parse_args(argv)
     if args.tokens < 0 or args.temperature < 0 or args.top_k < 0:
         p.error("--tokens, --temperature and --top_k must not be negative")
@@ -71,7 +74,7 @@ def main(argv=None):
     if path is None:
         p.error("no checkpoint below logs/: train first, or name a model.pt")
     model = load(path)
-    encode, decode = codec(model.cfg.vocab_size)
+    encode, decode = codec(model.cfg.vocab_size, args.ranks)
     torch.manual_seed(args.seed)
     prompt = encode(args.prompt)[-model.cfg.sequence_length:] or encode("\n")
     print(decode(prompt + list(generate(model, prompt, args.tokens, args.temperature, args.top_k))))

@@ -20,7 +20,7 @@ PROBES = (0, 1, 2, 6, 22, 23, 64, 99, 127, 128, T - 1)      # the outputs whose 
 torch.set_num_threads(1)                                    # a second thread costs more than these sizes take
 SMALL = {"afno": dict(afno_num_blocks=2, afno_group_size=4)}             # what a row needs at this size
 CASES = {row: dict(mixer=row) for row in MIXERS} | {        # a new row joins by itself; these are further settings
-    "attn/gqa": dict(mixer="attn", n_kv_head=2), "attn/conv": dict(mixer="attn", attn_short_conv=True),
+    "attn/gqa": dict(mixer="attn", n_kv_head=2), "attn/conv": dict(mixer="attn", short_conv=True),
     "afno/fft": dict(mixer="afno", afno_backend="fft"), "afno/toeplitz": dict(mixer="afno", afno_backend="toeplitz"),
     "afno/cut": dict(mixer="afno", afno_hard_thresholding_fraction=0.4)}
 GPTS = {"gpt": dict(mixer="afno,attn", n_layer=5), "gpt/switches": dict(

@@ -22,6 +22,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -29,16 +30,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
 from afno import AFNO
-from blocks import GELU, LearnedPositions, NoPositions, ReLU2, Rotary, SinusoidalPositions, norm
-from conv import ShortConv
+from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
+from blocks import (GPAS, Add, GatedResidual, HybridNorm, LayerNormScaling, LearnedPositions, NoPositions, PreNorm,
+                    SinusoidalPositions, hybrid_star, norm)
 from data.shards import open_shards
+from deltanet import GatedDeltaNet
+from fan import FAN, FANMLP, TallFAN
+from linear import CoLA, Linear, keep_all, recompute_block, recompute_high_rank
 from loss import linear_cross_entropy, softcap
 from machine import (Clock, device_name, device_peak_flops, duration, environment, flops_per_token, peak_memory,
                      pick_device, report)
-from muon import Muon
+from mlp import GELU, GatedPolyNorm, PolyNormMLP, ReLU2, SwiGLU
+from optimizers import build_adamw, build_ademamix, build_muon, build_soap, clip_gradients, cosine, trapezoid
 
 ROOT = Path(__file__).resolve().parent
 
@@ -66,6 +71,9 @@ class Config:
     mixer: str = "afno"                                     # row of MIXERS; "afno,afno,afno,attn" tiles down the layers
     mlp: str = "relu2"                                      # row of MLPS
     mlp_ratio: float = 4.0                                  # hidden width / C
+    norm: str = "pre"                                       # row of NORMS
+    residual: str = "add"                                   # row of RESIDUALS
+    linear: str = "dense"                                   # row of LINEARS: how projections inside blocks are made
     pos: str = "rope"                                       # row of POSITIONS; rope acts inside attention
     # Switches. The figures are validation loss at 124M and about 1.7B FineWeb tokens, from modded-nanogpt's logs.
     zero_init: bool = True                                  # every layer starts as the identity
@@ -77,10 +85,14 @@ class Config:
     x0_shortcut: bool = False                               # learned share of the embedding in every block: -0.009
     unet_skips: bool = False                                # layer i feeds layer L - 1 - i: 7% fewer tokens
     branch_scale: bool = False                              # mixer branch times 1 / sqrt(2 L); the public baseline's
+    dropout: float = 0.0                                    # on both branches of a block, in training only
+    gpas_clip: float = 0.01                                 # norm to which GPAS's gate gradients are clipped, apart
+    cola_rank: int = 0                                      # of CoLA's projections; 0: a quarter of the smaller side
+    recompute: str = "none"                                 # row of RECOMPUTE: less memory for one more forward
     # attention
     n_kv_head: int = 0                                      # grouped-query attention: key/value heads; 0 is n_head
-    attn_qk_norm: bool = True                               # RMSNorm on q and k, per head
-    attn_short_conv: bool = False                           # AFNO's short convolution on q, k, v, as a fair control
+    head_norm: str = "qk"                                   # row of HEAD_NORMS: RMSNorm inside the heads
+    short_conv: bool = False                                # AFNO's short convolution on q, k, v, as a fair control
     # AFNO
     afno_num_blocks: int = 0                                # blocks of the spectral MLP; 0: 8 if they fit
     afno_sparsity_threshold: float = 0.01                   # soft-shrinkage of the kernel's spectrum
@@ -89,13 +101,25 @@ class Config:
     afno_poles: int = 16                                    # frequency features a block
     afno_group_size: int = 0                                # channels that share one kernel; 0: 16 if they fit
     afno_backend: str = "auto"                              # fft | toeplitz | auto
+    # FAN
+    fan_ratio: float = 0.125                                # share of a FAN layer's outputs for cos, and for sin
+    fan_trig: str = "both"                                  # both | sin
+    # Gated DeltaNet
+    gdn_k_heads: int = 0                                    # query/key heads; 0 is n_head, the number of value heads
+    gdn_head_dim: int = 0                                   # width of a query or key; 0: C / n_head
+    gdn_expand_v: float = 1.0                               # width of a value / width of a key
+    gdn_chunk: int = 64                                     # tokens that are worked on as one matrix product
+    gdn_neg_eigval: bool = False                            # beta up to 2: the state may be reflected
     # optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes share them.
     optim: str = "muon"                                     # row of OPTIMS
     batch_size: int = 8                                     # sequences in a micro-batch
     grad_accumulation_steps: int = 1                        # micro-batches in a step
     num_iterations: int = 1000                              # steps
+    schedule: str = "trapezoid"                             # row of SCHEDULES
     warmup_iters: int = -1                                  # linear warm-up; -1: 2% of the steps
-    warmdown_iters: int = -1                                # linear warm-down to 0; -1: 60% of the steps
+    warmdown_iters: int = -1                                # linear warm-down; -1: 60% of the steps
+    lr_start: float = 0.0                                   # where warm-up starts, a share of the peak
+    lr_end: float = 0.0                                     # where the run ends, a share of the peak
     learning_rate: float = 0.003                            # AdamW
     embed_lr_scale: float = 1.0                             # multiples of learning_rate
     head_lr_scale: float = 1.0
@@ -107,6 +131,11 @@ class Config:
     muon_learning_rate: float = 0.02
     muon_momentum: float = 0.95
     muon_momentum_warmup: int = 300                         # steps from 0.85: -0.013
+    ademamix_alpha: float = 5.0                             # weight of the slow momentum
+    ademamix_beta3: float = 0.999                           # its decay
+    ademamix_warmup: int = 0                                # steps until both are reached; 0: all steps
+    soap_beta: float = 0.95                                 # of both moments
+    soap_frequency: int = 10                                # steps between refreshes of the eigenbasis
     # the run
     seed: int = 0
     device: str = "auto"                                    # cuda | cpu | mps
@@ -120,15 +149,21 @@ class Config:
     estimate: bool = False                                  # print parameters, FLOPs, memory and time, then exit
 
     def __post_init__(self):
+        known, used = set(), set()
         for axis, rows in AXES.items():
             named = getattr(self, axis).split(",") if axis == "mixer" else [getattr(self, axis)]     # only mixers tile
             for row in named:
                 if row not in rows:
                     raise ValueError(f"--{axis} {row}: no such row; choose from {', '.join(rows)}")
-            used = {knob for row in named for knob in rows[row][1]}
-            for knob in {knob for _, knobs in rows.values() for knob in knobs} - used - {"n_head", "rope"}:
-                if getattr(self, knob) != Config.__dataclass_fields__[knob].default:
-                    raise ValueError(f"--{knob} has no effect with --{axis} {getattr(self, axis)}: drop it")
+            known |= {knob for _, knobs in rows.values() for knob in knobs}
+            used |= {knob for row in named for knob in rows[row][1]}
+        for knob in sorted(known - used - {"n_head", "rope"}):
+            if getattr(self, knob) != Config.__dataclass_fields__[knob].default:
+                raise ValueError(f"--{knob} has no effect here, nothing in use reads it: drop it")
+        for why, setting in CLASHES.items():
+            clash = all(getattr(self, name) in values for name, values in setting.items())
+            if clash and setting.keys() & known <= used:
+                raise ValueError(f"{' with '.join(f'--{name} {getattr(self, name)}' for name in setting)}: {why}")
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}: no such size; choose from {', '.join(MODELS)}")
         for name, size in zip(("n_layer", "n_head", "n_embd"), MODELS[self.model]):
@@ -162,10 +197,18 @@ class Config:
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
 
 
+CLASHES = {                                                 # {why: settings that contradict one another}
+    "LNS is the scale of the branches: drop one": dict(norm=("lns",), branch_scale=(True,)),
+    "HybridNorm normalises inside the heads: add --head_norm qkv": dict(
+        norm=("hybrid", "hybrid_star"), head_norm=("none", "qk")),
+    "HybridNorm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star"), residual=("gpas",)),
+}
 LEAST = {"warmup_iters": -1, "warmdown_iters": -1} | dict.fromkeys((      # smallest value a number may have; else 0
     "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
     "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25}
-BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "seed": 2**63}        # and what it stays below; else inf
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "ademamix_beta3": 1, "soap_beta": 1, "dropout": 1,
+         "lr_start": 1.001, "lr_end": 1.001, "seed": 2**63}          # and what it stays below; else inf
+SYNONYMS = {"fan_ratio": ("--p",)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,7 +223,8 @@ def parse(argv=None):
     notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in fields(Config):                                # a field's comment is its help text
         kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(type=f.type)
-        parser.add_argument("--" + f.name, default=f.default, help=notes.get(f.name, " ").replace("%", "%%"), **kind)
+        parser.add_argument("--" + f.name, *SYNONYMS.get(f.name, ()), default=f.default,
+                            help=notes.get(f.name, " ").replace("%", "%%"), **kind)
     try:
         return Config(**vars(parser.parse_args(argv)))
     except ValueError as e:
@@ -190,73 +234,30 @@ def parse(argv=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention with grouped keys and values, (B, T, C) -> (B, T, C). No residual, no input norm."""
-    def __init__(self, dim, seq_len, *, n_head, n_kv_head=0, qk_norm=True, rope=True, short_conv=False):
-        super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim, self.seq_len = n_head, n_kv_head or n_head, dim // n_head, seq_len
-        kv_dim = self.n_kv_head * self.head_dim
-        self.q, self.k, self.v = (nn.Linear(dim, d, bias=False) for d in (dim, kv_dim, kv_dim))
-        self.short_conv = ShortConv(dim + 2 * kv_dim) if short_conv else None
-        self.qk_norm = norm if qk_norm else nn.Identity()
-        self.rotary = Rotary(self.head_dim, seq_len) if rope else lambda x, start=0: x
-        self.proj = nn.Linear(dim, dim, bias=False)
-
-    def flops(self, T):
-        """Forward FLOPs a token besides the weight matrices: scores and mixing, the causal half."""
-        return 2 * T * self.n_head * self.head_dim
-
-    def qkv(self, x):
-        return F.linear(x, torch.cat((self.q.weight, self.k.weight, self.v.weight)))  # one GEMM, three Muon matrices
-
-    def value(self, x):
-        """The values a value residual hands to later layers, (B, T, n_kv_head * D)."""
-        return self.v(x)
-
-    def heads(self, z, v1, start=0):                        # -> q, k, v, each (B, H, T, D)
-        q, k, v = z.split([m.out_features for m in (self.q, self.k, self.v)], dim=-1)
-        v = v if v1 is None else v + v1
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        return self.rotary(self.qk_norm(q), start), self.rotary(self.qk_norm(k), start), v
-
-    def forward(self, x, v1=None):
-        z = self.qkv(x)
-        q, k, v = self.heads(z if self.short_conv is None else self.short_conv(z), v1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
-        return self.proj(y.transpose(1, 2).flatten(2))
-
-    def init_state(self, B):
-        cache = self.proj.weight.new_zeros(2, B, self.n_kv_head, self.seq_len, self.head_dim)
-        return self.short_conv and self.short_conv.init_state(B), cache, 0
-
-    def step(self, x, state, v1=None):                      # (B, C) -> (B, C)
-        window, cache, t = state
-        z = self.qkv(x)
-        if self.short_conv is not None:
-            z, window = self.short_conv.step(z, window)
-        q, k, v = self.heads(z[:, None], v1 if v1 is None else v1[:, None], t)
-        cache = cache.index_copy(3, torch.tensor([t], device=x.device), torch.stack((k, v)).type_as(cache))
-        k, v = cache[:, :, :, :t + 1].type_as(q)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_kv_head < self.n_head)
-        return self.proj(y.flatten(1)), (window, cache, t + 1)
-
-
 class Block(nn.Module):
-    """x + scale * mixer(norm x), then x + mlp(norm x). The block owns residuals and norms; parts are pure maps."""
+    """x + mixer(norm x), then x + mlp(norm x), in the ways that NORMS and RESIDUALS offer. Parts are pure maps."""
     def __init__(self, cfg, layer):
         super().__init__()
         self.mixer = build("mixer", cfg.mixers[layer], cfg, cfg.n_embd, cfg.sequence_length)
         self.mlp = build("mlp", cfg.mlp, cfg, cfg.n_embd)
-        self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
+        self.norm, self.residual = build("norm", cfg.norm, cfg, cfg.n_embd, layer), build(
+            "residual", cfg.residual, cfg, cfg.n_embd)
+        self.dropout, self.scale = nn.Dropout(cfg.dropout), 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
+
+    def around(self, x, mixer):                             # mixer(h) -> (y, state)
+        x, h = self.norm.mixer(x)
+        y, state = mixer(h)
+        x, h = self.norm.mlp(self.residual(x, self.dropout(self.scale * y), 0))
+        return self.residual(x, self.dropout(self.mlp(h)), 1), state
 
     def forward(self, x, v1=None):
-        x = x + self.scale * self.mixer(norm(x), v1)
-        return x + self.mlp(norm(x))
+        return self.around(x, lambda h: (self.mixer(h, v1), None))[0]
 
     def step(self, x, state, v1=None):
-        y, state = self.mixer.step(norm(x), state, v1)
-        x = x + self.scale * y
-        return x + self.mlp(norm(x)), state
+        return self.around(x, lambda h: self.mixer.step(h, state, v1))
+
+    def value(self, x):
+        return self.mixer.value(self.norm.mixer(x)[1])
 
 
 class GPT(nn.Module):
@@ -270,6 +271,7 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(rows, C)
         self.positions = build("pos", cfg.pos, cfg, C, cfg.sequence_length)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
+        self.run = RECOMPUTE[cfg.recompute][0]
         self.head = nn.Linear(C, rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.wte.weight
@@ -284,7 +286,7 @@ class GPT(nn.Module):
         """(B, T) -> (B, T, C), embedding to final norm; run(i, x, v1) applies block i, to a sequence or to one step."""
         x = self.positions(self.wte(idx), start)
         x = x0 = norm(x) if self.cfg.embed_norm else x
-        v1 = self.blocks[0].mixer.value(norm(x)) if self.v_lambda is not None else None
+        v1 = self.blocks[0].value(x) if self.v_lambda is not None else None
         L, skips = len(self.blocks), []
         for i in range(L):
             if self.skip_lambda is not None and i >= L - L // 2:
@@ -300,7 +302,7 @@ class GPT(nn.Module):
         return softcap(self.head(h).float(), self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
     def forward(self, idx, targets=None):
-        h = self.trunk(idx, lambda i, x, v1: self.blocks[i](x, v1))
+        h = self.trunk(idx, lambda i, x, v1: self.run(self.blocks[i], x, v1))
         if targets is None:
             return self.logits(h)
         return linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.cfg.logit_softcap,
@@ -321,7 +323,7 @@ class GPT(nn.Module):
 
 
 def roles(model):
-    """{parameter: role}: embed, head, proj, matrix, vector or kernel. Exactly one role a parameter.
+    """{parameter: role}: embed, head, proj, matrix, vector, gate or kernel. Exactly one role a parameter.
 
     A module may declare `role` for its own parameters (a kernel generator must not meet Muon); elsewhere two dimensions
     or more are (a stack of) matrices. Raises TypeError where that rule would put one parameter under two roles.
@@ -346,7 +348,7 @@ def init_weights(model):
     """The one initialiser of embeddings, head and projections; every other parameter is initialised by its module."""
     cfg = model.cfg
     for p, role in roles(model).items():
-        bound = max(1, p.size(-1)) ** -0.5                  # torch's default for nn.Linear
+        bound = p.size(-1) ** -0.5 if p.ndim else 0.0       # torch's default for nn.Linear
         if role == "embed":
             nn.init.uniform_(p, -bound, bound) if cfg.tie_embeddings else nn.init.normal_(p)
         elif role == "head" or role == "proj":
@@ -354,25 +356,7 @@ def init_weights(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimizers. A row of OPTIMS turns {parameter: role} into optimizers; every parameter lands in exactly one group.
-
-def build_adamw(cfg, roles):
-    return [adamw(cfg, roles, cfg.learning_rate, decayed=("matrix", "proj", "embed", "head"))]
-
-
-def build_muon(cfg, roles):
-    matrices = [p for p, role in roles.items() if role in ("matrix", "proj")]
-    rest = {p: role for p, role in roles.items() if role not in ("matrix", "proj")}
-    return [Muon(matrices, cfg.muon_learning_rate, cfg.muon_momentum, cfg.weight_decay),
-            adamw(cfg, rest, cfg.learning_rate, decayed=())]
-
-
-def adamw(cfg, roles, lr, decayed):
-    scale = {"embed": cfg.embed_lr_scale, "head": cfg.head_lr_scale, "kernel": cfg.kernel_lr_scale}
-    groups = [dict(params=[p for p in roles if roles[p] == role], lr=lr * scale.get(role, 1.0),
-                   weight_decay=cfg.weight_decay if role in decayed else 0.0) for role in sorted(set(roles.values()))]
-    return torch.optim.AdamW(groups, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
-
+# Optimizers and schedule
 
 def build_optimizers(cfg, model):
     optimizers = OPTIMS[cfg.optim][0](cfg, roles(model))
@@ -385,34 +369,56 @@ def build_optimizers(cfg, model):
 
 
 def schedule(optimizers, step, cfg):
-    """Trapezoid: linear warm-up, flat, linear warm-down to 0; and Muon's momentum warm-up."""
-    warmup, warmdown = (step + 1) / max(1, cfg.ramps[0]), (cfg.num_iterations - step) / max(1, cfg.ramps[1])
+    """Set learning rates: linear warm-up from lr_start, then a row of SCHEDULES; and Muon's momentum warm-up."""
+    warmup = cfg.lr_start + (1 - cfg.lr_start) * (step + 1) / max(1, cfg.ramps[0])
     for group in (group for opt in optimizers for group in opt.param_groups):
-        group["lr"] = group["peak_lr"] * min(1.0, warmup, warmdown)
+        group["lr"] = group["peak_lr"] * min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
         if "momentum" in group:
             warm = step / cfg.muon_momentum_warmup if step < cfg.muon_momentum_warmup else 1.0
             low = min(0.85, cfg.muon_momentum)
             group["momentum"] = low + warm * (cfg.muon_momentum - low)
 
 
-# The axes: {row: (class or function, the Config fields it reads)}. A knob of a row that is not in use is an error.
+# ----------------------------------------------------------------------------------------------------------------------
+# The axes: {row: (class or function, the Config fields it reads)}. A field that no row in use reads must not be set.
+# A knob that is itself an axis (linear, head_norm) arrives as a factory of the row that was chosen.
+
+ATTENTION = ("n_head", "n_kv_head", "rope", "head_norm", "short_conv", "linear")
+FOURIER = ("fan_ratio", "fan_trig")
 MIXERS = {
-    "attn": (CausalSelfAttention, ("n_head", "n_kv_head", "rope", "attn_qk_norm", "attn_short_conv")),
+    "attn": (CausalSelfAttention, ATTENTION),
     "afno": (AFNO, ("afno_num_blocks", "afno_sparsity_threshold", "afno_hard_thresholding_fraction",
-                    "afno_hidden_size_factor", "afno_poles", "afno_group_size", "afno_backend")),
+                    "afno_hidden_size_factor", "afno_poles", "afno_group_size", "afno_backend", "linear")),
+    "fan": (FAN, ATTENTION + FOURIER), "fan_tall": (TallFAN, ATTENTION + FOURIER),
+    "gdn": (GatedDeltaNet, ("n_head", "gdn_k_heads", "gdn_head_dim", "gdn_expand_v", "gdn_chunk", "gdn_neg_eigval",
+                            "linear")),
 }
-MLPS = {"gelu": (GELU, ("mlp_ratio",)), "relu2": (ReLU2, ("mlp_ratio",))}
+HEAD_NORMS = {"none": (NoHeadNorm, ()), "qk": (QKNorm, ()), "qkv": (QKVNorm, ())}
+LINEARS = {"dense": (Linear, ()), "cola": (CoLA, ("cola_rank",))}
+MLPS = {"gelu": (GELU, ("mlp_ratio", "linear")), "relu2": (ReLU2, ("mlp_ratio", "linear")),
+        "swiglu": (SwiGLU, ("mlp_ratio", "linear")), "polynorm": (PolyNormMLP, ("mlp_ratio", "linear")),
+        "polynorm_gated": (GatedPolyNorm, ("mlp_ratio", "linear")), "fan": (FANMLP, ("mlp_ratio", "linear", *FOURIER))}
+NORMS = {"pre": (PreNorm, ()), "lns": (LayerNormScaling, ()), "hybrid": (HybridNorm, ()),
+         "hybrid_star": (hybrid_star, ())}
+RESIDUALS = {"add": (Add, ()), "gated": (GatedResidual, ()), "gpas": (GPAS, ("gpas_clip",))}
 POSITIONS = {"rope": (NoPositions, ()), "none": (NoPositions, ()), "learned": (LearnedPositions, ()),
              "sinusoidal": (SinusoidalPositions, ())}
+RECOMPUTE = {"none": (keep_all, ()), "block": (recompute_block, ()), "cola": (recompute_high_rank, ())}
+SCHEDULES = {"trapezoid": (trapezoid, ("warmdown_iters",)), "cosine": (cosine, ())}
 OPTIMS = {"adamw": (build_adamw, ()),
-          "muon": (build_muon, ("muon_learning_rate", "muon_momentum", "muon_momentum_warmup"))}
-AXES = {"mixer": MIXERS, "mlp": MLPS, "pos": POSITIONS, "optim": OPTIMS}
+          "muon": (build_muon, ("muon_learning_rate", "muon_momentum", "muon_momentum_warmup")),
+          "ademamix": (build_ademamix, ("ademamix_alpha", "ademamix_beta3", "ademamix_warmup")),
+          "soap": (build_soap, ("soap_beta", "soap_frequency"))}
+AXES = {"mixer": MIXERS, "mlp": MLPS, "norm": NORMS, "residual": RESIDUALS, "linear": LINEARS, "head_norm": HEAD_NORMS,
+        "pos": POSITIONS, "recompute": RECOMPUTE, "optim": OPTIMS, "schedule": SCHEDULES}
 
 
-def build(axis, row, cfg, *sizes):
+def build(axis, row, cfg, *sizes, **more):
     """The module a row names, with its knobs taken from cfg; a knob's own name is the field's without the row's."""
     cls, knobs = AXES[axis][row]
-    return cls(*sizes, **{knob.removeprefix(row + "_"): getattr(cfg, knob) for knob in knobs})
+    values = [partial(build, knob, getattr(cfg, knob), cfg) if knob in AXES else getattr(cfg, knob) for knob in knobs]
+    names = [knob.removeprefix(row.split("_")[0] + "_") for knob in knobs]
+    return cls(*sizes, **dict(zip(names, values)), **more)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -562,9 +568,10 @@ def main(cfg):
         torch.cuda.set_device(device)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
-    optimizers = build_optimizers(cfg, model)
+    torch.manual_seed(cfg.seed + rank)                      # dropout is drawn apart in every process
+    table, optimizers = roles(model), build_optimizers(cfg, model)
     n_params, peak = sum(p.numel() for p in model.parameters()), device_peak_flops(device)
-    flops = flops_per_token(roles(model), model.blocks, cfg.sequence_length)
+    flops = flops_per_token(table, model.blocks, cfg.sequence_length)
     log = Log(cfg, device, world, shards | val_shards) if rank == 0 else None
     say = log or (lambda line: None)
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {cfg.num_iterations:,} steps of "
@@ -583,7 +590,9 @@ def main(cfg):
         last = step == cfg.num_iterations
         if last or cfg.val_loss_every and step % cfg.val_loss_every == 0:
             seconds = clock.stop()
+            model.eval()
             val_loss = evaluate(forward, val_windows, val_n, device, rank, world)
+            model.train(not last)
             say(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} train_time:{1e3 * seconds:.0f}ms "
                 f"step_avg:{1e3 * seconds / max(1, step):.2f}ms")
             reached = seconds if reached is None and val_loss <= cfg.target_val_loss else reached
@@ -602,8 +611,7 @@ def main(cfg):
             train_loss += loss.detach()
         if world > 1:
             average(model, train_loss, world)
-        if cfg.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        clip_gradients(table, cfg)
         for opt in optimizers:
             opt.step()
         model.zero_grad(set_to_none=True)

@@ -2,12 +2,15 @@
 
     python data/fineweb.py          # 14 shards, 3 GB: more than the race uses
     python data/fineweb.py 3        # what is already there and intact is not downloaded again
+    python data/fineweb.py 3 --repo karpathy/fineweb-edu-100B-gpt2-token-shards
 
-Source: the dataset kjj0/fineweb10B-gpt2 on huggingface.co, a 10B-token sample of FineWeb (ODC-By 1.0). A file
-gets its name only after its checksum, header, size and largest token have been checked.
+Source: the dataset kjj0/fineweb10B-gpt2 on huggingface.co, a 10B-token sample of FineWeb (ODC-By 1.0), or any other
+one of such shards: its files *_val_*.bin and the first N *_train_*.bin. A file gets its name only after its
+checksum, header, size and largest token have been checked.
 """
 import argparse
 import errno
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -17,11 +20,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST = 103          # training shards in the dataset
+REPO, MOST = "kjj0/fineweb10B-gpt2", 103     # the default dataset, and its training shards
 ATTEMPTS = 5        # with pauses of 1, 2, 4 and 8 s
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
-OTHER_WAYS = ("behind a proxy set HTTPS_PROXY, or set HF_ENDPOINT to a mirror, or copy the fineweb_*.bin "
-              "files to {out} by hand, or make shards of your own text with data/text.py")
+OTHER_WAYS = ("behind a proxy set HTTPS_PROXY, or set HF_ENDPOINT to a mirror, or copy the .bin files "
+              "to {out} by hand, or make shards of your own text with data/text.py")
 
 
 def fail(message):
@@ -59,16 +62,17 @@ def main(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.error = lambda message: p.exit(2, f"fineweb.py: {message}\n")     # one line, without the usage
     p.add_argument("n", nargs="?", type=int, default=14, metavar="N", help="training shards (default: 14)")
-    p.add_argument("--out", type=Path, default=ROOT / "data/fineweb10B", help="default: data/fineweb10B")
-    p.add_argument("--repo", default="kjj0/fineweb10B-gpt2", help="dataset on the hub (default: %(default)s)")
+    p.add_argument("--out", type=Path, help="default: data/fineweb10B, or the name of another --repo below data/")
+    p.add_argument("--repo", default=REPO, help="dataset on the hub (default: %(default)s)")
     args = p.parse_args(argv)
-    if not 1 <= args.n <= MOST:
+    if args.n < 1 or args.repo == REPO and args.n > MOST:
         p.error(f"N must be 1 to {MOST}, not {args.n}")
+    args.out = args.out or ROOT / "data" / (args.repo.rpartition("/")[2] if args.repo != REPO else "fineweb10B")
 
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
         fail("downloading needs huggingface-hub: pip install huggingface-hub")
 
@@ -83,8 +87,21 @@ def main(argv=None):
             raise OSError("its checksum is wrong, so it was damaged on the way")
         return path
 
+    def listed(_):
+        HfApi().dataset_info(args.repo)     # without a hub, this fails at once
+        return HfApi().list_repo_files(args.repo, repo_type="dataset")
+
+    def place(name):
+        return args.out / Path(name).name
+
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, args.n + 1)]
-    missing = [name for name in names if not (args.out / name).is_file() or defect(args.out / name)]
+    if args.repo != REPO:
+        files = sorted(retry(listed, "the list of its files", args, impatient=True))
+        val, train = (fnmatch.filter(files, f"*_{part}_*.bin") for part in ("val", "train"))
+        if not val or len(train) < args.n:
+            fail(f"{args.repo} offers {len(val)} files *_val_*.bin and {len(train)} *_train_*.bin: check --repo and N")
+        names = val + train[:args.n]
+    missing = [name for name in names if not place(name).is_file() or defect(place(name))]
     print(f"{args.out}: {len(names) - len(missing)} of {len(names)} shards are there", flush=True)
     if not missing:
         return
@@ -99,8 +116,8 @@ def main(argv=None):
                 if why := defect(path):
                     fail(f"what {args.repo} offers as {name} is unfit: {why}")
                 size, seconds = path.stat().st_size, time.time() - began
-                path.replace(args.out / name)
-                print(f"{name}  {i}/{len(missing)}  {size / 1e6:.1f} MB in {seconds:.1f} s", flush=True)
+                path.replace(place(name))
+                print(f"{place(name).name}  {i}/{len(missing)}  {size / 1e6:.1f} MB in {seconds:.1f} s", flush=True)
     except OSError as error:
         fail(f"cannot write to {args.out}: {error.strerror}")
 

@@ -5,11 +5,12 @@
     python data/text.py notes.txt --tokenizer bytes --out data/notes
 
 .txt holds documents separated by a line `--separator` (without any, one document), .jsonl one document a row.
-Text is taken verbatim: `<|endoftext|>` inside a line is ordinary text, and only the tokenizer's start token
-marks where a document begins. Documents keep their order. Memory is bounded, and the shards appear together,
-when everything is done.
+Text is taken verbatim (qwen: in Unicode's normal form C, like its own tokenizer): `<|endoftext|>` inside a line is
+ordinary text, and only the tokenizer's start token marks where a document begins. Documents keep their order.
+Memory is bounded, and the shards appear together, when everything is done.
 """
 import argparse
+import base64
 import bz2
 import glob
 import gzip
@@ -21,6 +22,7 @@ import re
 import sys
 import tempfile
 import time
+import unicodedata
 import zlib
 from collections import deque
 from functools import partial
@@ -31,24 +33,79 @@ import numpy as np
 PIECE = 1 << 20         # characters; a longer document is tokenised in pieces of about this size
 BATCH = 8 << 20         # characters given to the tokenizer's threads together: this bounds the memory
 AUTO_VAL = (1 << 20) + 1     # tokens: the race validates on 2**20 predictions
-# A piece ends at a word's end. GPT-2's pattern never joins a letter or digit to the space after it, so the
-# pieces' tokens are exactly the whole document's. (A megabyte without one such place is cut where it stands.)
-WORD_END = re.compile(r"(?s).*[^\W_](?=[ \n])")
+# A piece ends before a space, or between a letter or digit and a newline. No pattern below joins those, so the
+# pieces' tokens are exactly the whole document's. (A megabyte without one such place is cut where it stands.) The
+# scripts left out have letters that normal form C takes apart, into a letter and a mark.
+WORD_END = re.compile(r"(?s).*(?:\S(?= )|[^\W_\u0900-\u0fff\ufb00-\ufb4f](?=\n))")
 # OpenAI's GPT-2 pattern, with possessive quantifiers, which match the same and do not backtrack
 GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# Qwen2's, written in the same way: no two digits in a token, and newlines may stay with the punctuation before them
+QWEN_PATTERN = (r"'(?i:[sdmt]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+                r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s")
+QWEN_REPO = "Qwen/Qwen2.5-0.5B"     # Qwen3 has the same merges
+QWEN_SHA256 = "92a28645c27ae7dfbb3b5710eb590c37b59169daa4b8c2167648e63244629329"    # of the ranks, however stored
 
 
 def fail(message):
     raise SystemExit(f"text.py: {message}")
 
 
-def gpt2_encoding():
-    """GPT-2's tiktoken.Encoding from the merges in this folder; tiktoken itself would download them."""
+def merge_ranks(merges):
+    """Merges in GPT-2's spelling -> {token: rank}: first the 256 bytes, then what each merge makes."""
+    # each byte is spelled as one visible character: itself or, for the 68 invisible ones, U+0100 and up
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    ranks = {bytes([b]): rank for rank, b in enumerate(visible + hidden)}
+    for line in merges:
+        ranks[bytes(byte_of[c] for c in line.replace(" ", ""))] = len(ranks)
+    return ranks
+
+
+def qwen_ranks(path):
+    """Qwen's {token: rank} from a file of its tokenizer; without a path, from the hub's cache or the hub."""
+    if path is None:
+        os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | os.environ
+        try:
+            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+            path = try_to_load_from_cache(QWEN_REPO, "merges.txt")
+            if not isinstance(path, str):
+                get_hf_file_metadata(hf_hub_url(QWEN_REPO, "merges.txt"))   # without a hub, this fails at once
+                path = hf_hub_download(QWEN_REPO, "merges.txt")
+        except Exception as error:      # the hub's client has changed its HTTP library and errors before
+            why = (str(error).splitlines() or [""])[0][:150].rstrip(".") or type(error).__name__
+            fail(f"cannot get merges.txt of {QWEN_REPO} from the hub ({why}): fetch it by hand, "
+                 "then pass --ranks merges.txt")
+    try:
+        raw = Path(path).read_bytes()
+        if raw.startswith(b"{"):                        # tokenizer.json
+            ranks = merge_ranks("".join(merge) for merge in json.loads(raw)["model"]["merges"])
+        elif raw.split(maxsplit=2)[1].isdigit():        # qwen.tiktoken
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, raw.splitlines())}
+        else:                                           # merges.txt
+            ranks = merge_ranks(re.sub("^#version.*\n", "", raw.decode()).splitlines())
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}")
+    except (ValueError, LookupError, TypeError, RecursionError):
+        ranks = {}
+    if hashlib.sha256(b"".join(b"%b %d\n" % row for row in ranks.items())).hexdigest() != QWEN_SHA256:
+        fail(f"{path} is damaged or not Qwen's: --ranks takes its merges.txt, tokenizer.json or qwen.tiktoken")
+    return ranks
+
+
+def bpe_encoding(name, pattern, ranks, size):
+    """tiktoken.Encoding whose tokens after the ranks are <|endoftext|> and, up to `size`, numbered ones."""
     try:
         import tiktoken
     except ImportError:
-        fail("the gpt2 tokenizer needs tiktoken: pip install tiktoken")
+        fail(f"the {name} tokenizer needs tiktoken: pip install tiktoken")
+    special = {f"<|{i}|>": i for i in range(len(ranks) + 1, size)} | {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def gpt2_encoding():
+    """GPT-2's encoding from the merges in this folder; tiktoken itself would download them."""
     packed = Path(__file__).with_name("gpt2_vocab.bpe.bz2")
     try:
         merges = bz2.decompress(packed.read_bytes())
@@ -56,28 +113,27 @@ def gpt2_encoding():
         merges = b""
     if hashlib.sha256(merges).hexdigest() != GPT2_SHA256:
         fail(f"{packed} is missing or damaged: restore it with git checkout")
-    # the file spells each byte as one visible character: itself or, for the 68 invisible ones, U+0100 and up
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in visible]
-    byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    ranks = {bytes([b]): rank for rank, b in enumerate(visible + hidden)}
-    for line in merges.decode().splitlines()[1:]:
-        ranks[bytes(byte_of[c] for c in line.replace(" ", ""))] = len(ranks)
-    return tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, explicit_n_vocab=50257,
-                             special_tokens={"<|endoftext|>": 50256})
+    return bpe_encoding("gpt2", GPT2_PATTERN, merge_ranks(merges.decode().splitlines()[1:]), 50257)
 
 
-def gpt2_tokenizer():
-    encoding, threads = gpt2_encoding(), min(os.cpu_count() or 1, 16)
-    return 50257, [50256], lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads)
+def bpe_codec(encoding, normal=str):
+    threads = min(os.cpu_count() or 1, 16)
+    return lambda texts: encoding.encode_ordinary_batch([*map(normal, texts)], num_threads=threads), encoding.decode
 
 
-def bytes_tokenizer():      # any value may be a byte of the text, so none is left to start a document with
-    return 256, [], lambda texts: [np.frombuffer(t.encode("utf-8", "replace"), np.uint8) for t in texts]
+def bytes_codec():
+    return (lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts],
+            lambda tokens: bytes(tokens).decode(errors="replace"))
 
 
-# name -> () -> (vocabulary size, tokens that start a document, texts -> their token sequences)
-TOKENIZERS = {"gpt2": gpt2_tokenizer, "bytes": bytes_tokenizer}
+# Qwen's sizes: Qwen2.5 counts 151,665, Qwen3 four more, and their models are padded to 151,936, which may be sampled.
+# name: (vocabulary size, tokens that start a document, file of ranks or None -> (texts -> token lists, tokens -> text))
+TOKENIZERS = {
+    "gpt2": (50257, [50256], lambda _: bpe_codec(gpt2_encoding())),
+    "bytes": (256, [], lambda _: bytes_codec()),    # any value may be a byte of the text: none is left for the start
+    "qwen": (151665, [151643], lambda ranks: bpe_codec(bpe_encoding(
+        "qwen", QWEN_PATTERN, qwen_ranks(ranks), 151936), partial(unicodedata.normalize, "NFC"))),
+}
 UNPACK = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".bz2": bz2.BZ2File}
 
 
@@ -152,9 +208,8 @@ def batches(paths, args):
     yield path, batch
 
 
-def tokenise(paths, args, tokenizer, dtype):
+def tokenise(paths, args, start, encode, dtype):
     """Yield arrays of tokens in the order of the text, and print the progress."""
-    _, start, encode = tokenizer
     read, made, began, spoke, live = 0, 0, time.time(), time.time(), sys.stdout.isatty()
     for path, batch in batches(paths, args):
         for tokens, (text, starts) in zip(encode([text for text, _ in batch]), batch, strict=True):
@@ -227,6 +282,8 @@ def parse(argv):
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     p.add_argument("--prefix", help="how the shards' names begin (default: the name of the folder)")
     p.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: %(default)s")
+    p.add_argument("--ranks", type=Path, metavar="FILE", help="qwen's merges.txt, tokenizer.json or qwen.tiktoken "
+                   "(default: fetched from the hub once)")
     p.add_argument("--separator", default="<|endoftext|>", metavar="LINE",
                    help="line between two documents of a .txt (default: %(default)s; '' is an empty line)")
     p.add_argument("--field", default="text", help="field of a .jsonl row (default: %(default)s)")
@@ -238,6 +295,8 @@ def parse(argv):
     args = p.parse_args(argv)
     if args.val and args.val_tokens is not None:
         p.error("choose either --val or --val_tokens")
+    if args.ranks and args.tokenizer != "qwen":
+        p.error("--ranks is for --tokenizer qwen")
     if args.shard_tokens < 1 or (args.val_tokens or 0) < 0:
         p.error("--shard_tokens must be at least 1, and --val_tokens at least 0")
     return args
@@ -251,15 +310,16 @@ def main(argv=None):
     names = [f"{glob.escape(prefix)}_{part}_*.bin" for part in ("train", "val")]
     if old := sorted(path for name in names for path in args.out.glob(name)):
         fail(f"{old[0]} is already there: remove the old shards or choose another --prefix")
-    vocab_size, *_ = tokenizer = TOKENIZERS[args.tokenizer]()
+    vocab_size, start, codec = TOKENIZERS[args.tokenizer]
+    encode, _ = codec(args.ranks)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished_") as temporary:
             train, val = (ShardWriter(f"{temporary}/{prefix}_{part}", number, vocab_size, args.shard_tokens)
                           for part, number in (("train", 1), ("val", 0)))
-            for tokens in tokenise(args.val, args, tokenizer, val.dtype) if args.val else ():
+            for tokens in tokenise(args.val, args, start, encode, val.dtype) if args.val else ():
                 val.write(tokens)
-            stream = tokenise(args.files, args, tokenizer, train.dtype)
+            stream = tokenise(args.files, args, start, encode, train.dtype)
             for tokens, is_val in split(stream, 0 if args.val else args.val_tokens):
                 (val if is_val else train).write(tokens)
             train.close()

@@ -1,19 +1,24 @@
 """data/text.py and data/fineweb.py: round trips, refusals, the embedded shards. Only loopback is used."""
 import argparse
+import base64
 import bz2
 import gzip
 import hashlib
 import http.server
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
 import threading
+import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import regex  # tiktoken needs it too
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "data"
@@ -136,6 +141,165 @@ def test_big_vocabularies_get_uint32(tmp_path):
     assert (tokens.tolist(), tokens.dtype, vocab) == ([7, 151_642], np.uint32, 151_643)
 
 
+# ---------------------------------------------------------------- text.py: Qwen's tokenizer
+QWEN_SPLIT = regex.compile(     # as transformers has it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+CRUMBS = ("\n|\n\n|\r\n|\t| |  |   |.|!?|'s|'LLama|'\u017f|-|_|1|23|\u00b2|hello|world|Zw\u00f6lf|e\u0301|\u212b|"
+          "\u0301|\u4e2d\u6587|\u1112\u1161\u11ab|\u0958|\u0915\u093c|\u2028|\u3000|\u00a0|\U0001f4a1").split("|")
+
+
+def crumbs(seed):
+    rng = random.Random(seed)
+    return "".join(rng.choices(CRUMBS, k=rng.randint(0, 40)))
+
+
+def naive_bpe(text, ranks):
+    ids = []
+    for word in QWEN_SPLIT.findall(unicodedata.normalize("NFC", text)):
+        parts = [bytes([b]) for b in word.encode()]
+        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+            i = min(pairs)[1]
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        ids += [ranks[part] for part in parts]
+    return ids
+
+
+@pytest.fixture(scope="session")
+def synthetic(gpt2, tmp_path_factory):
+    """151,387 merges: 400 learned from crumbs, others that no text can reach -> (merges, ranks, file, digest)."""
+    words = [[bytes([b]) for b in crumbs(i).encode()] for i in range(200)]      # unsplit: a wrong split shows
+    learned = []
+    for _ in range(400):
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:]):
+                counts[pair] = counts.get(pair, 0) + 1
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        learned.append(best)
+        for word in words:
+            for i in reversed(range(len(word) - 1)):
+                if tuple(word[i:i + 2]) == best:
+                    word[i:i + 2] = [best[0] + best[1]]
+    ranks = {gpt2.decode_single_token_bytes(i): i for i in range(256)}
+    learned = list({a + b: (a, b) for a, b in learned if a + b not in ranks}.values())
+    learned += [(b"\xff", b"\xfe%d" % i) for i in range(151_387 - len(learned))]
+    ranks |= {a + b: 256 + i for i, (a, b) in enumerate(learned)}
+    path = tmp_path_factory.mktemp("ranks") / "qwen.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return learned, ranks, path, hashlib.sha256(b"".join(b"%b %d\n" % row for row in ranks.items())).hexdigest()
+
+
+@pytest.fixture
+def qwen(synthetic, monkeypatch):
+    """A synthetic qwen.tiktoken that text.py takes for Qwen's -> (its path, its ranks)."""
+    _, ranks, path, digest = synthetic
+    monkeypatch.setattr(tool, "QWEN_SHA256", digest)
+    monkeypatch.setattr("data.text.QWEN_SHA256", digest)        # the same file, as sample.py imports it
+    return path, ranks
+
+
+HIDDEN = [*range(33), *range(127, 161), 173]
+SPELLING = {b: chr(256 + HIDDEN.index(b)) for b in HIDDEN}
+
+
+def spelled(token):
+    return token.decode("latin1").translate(SPELLING)
+
+
+def test_qwen_agrees_with_a_naive_bpe(qwen):
+    path, ranks = qwen
+    texts = ["<|endoftext|>" + crumbs(-i) for i in range(1, 1500)]
+    encode, decode = tool.TOKENIZERS["qwen"][2](path)
+    got = encode(texts)
+    for text, tokens in zip(texts, got):
+        assert tokens == naive_bpe(text, ranks), ascii(text)
+        assert decode(tokens) == unicodedata.normalize("NFC", text)
+    assert sum(map(len, got)) < 0.7 * sum(len(t.encode()) for t in texts), "the merges are not used"
+    assert decode([151_643, 151_935]) == "<|endoftext|><|151935|>"
+
+
+def test_qwen_shards(qwen, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "PIECE", 97)
+    monkeypatch.setattr(tool, "BATCH", 500)
+    path, ranks = qwen
+    # newlines stay with what is no letter before them, and U+0958 becomes such in normal form C: no cut there
+    docs = ["".join(f"{crumbs(i)} w\u0958\nit's <|endoftext|> {i}.\nlong{'x' * 20}\n\n" for i in part)
+            for part in (range(60), range(60, 70))]
+    (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(docs), newline="")
+    shards, vocab = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "qwen", "--ranks", path,
+                         "--val_tokens", 500, "--shard_tokens", 700)
+    want = [token for doc in docs for token in [151_643] + naive_bpe(doc, ranks)]
+    assert shards.pop("val_000000") == want[-500:] and vocab == {151_665}
+    assert sum(shards.values(), []) == want[:-500] and want.count(151_643) == 2 and len(shards) > 2
+    header = np.fromfile(tmp_path / "s/s_train_000001.bin", "<i4", 256)
+    assert header[:4].tolist() == [20240801, 7, 700, 151_665] and not header[4:].any()
+    assert (tmp_path / "s/s_train_000001.bin").stat().st_size == 1024 + 4 * 700
+
+
+def test_no_letter_before_a_cut_loses_its_end_to_normal_form_c():
+    for c in map(chr, [*range(0xd800), *range(0xe000, 0x30000)]):
+        if tool.WORD_END.match(c + "\n"):
+            assert unicodedata.category(unicodedata.normalize("NFC", c)[-1])[0] in "LN", ascii(c)
+
+
+def test_every_kind_of_ranks_file(qwen, synthetic, tmp_path):
+    _, ranks = qwen
+    pairs = [(spelled(a), spelled(b)) for a, b in synthetic[0]]
+    lines = [" ".join(pair) for pair in pairs]
+    files = {"merges.txt": "\n".join(["#version: 0.2", *lines, ""]), "bare.txt": "\n".join(lines)}
+    files["tokenizer.json"] = json.dumps({"model": {"merges": lines[:9] + pairs[9:]}})      # old and new spelling
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert tool.qwen_ranks(tmp_path / name) == ranks, name
+
+
+def test_other_ranks_are_refused(qwen, tmp_path, capsys):
+    raw = qwen[0].read_bytes()
+    wrong = {"cut.tiktoken": raw[:-40], "flipped.tiktoken": raw.replace(b"//4x ", b"//4Y ", 1), "empty": b"",
+             "gpt2.txt": bz2.decompress((DATA / "gpt2_vocab.bpe.bz2").read_bytes()), "vocab.json": b'{"!": 0}',
+             "cut.json": b'{"model": {"merges"', "page.html": b"<html> sign in", "torn": b"\xff \xff \xff"}
+    assert wrong["flipped.tiktoken"] != raw
+    for name, content in wrong.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=f"^text.py: .*{name} is damaged or not Qwen's: [^\n]*merges.txt[^\n]*$"):
+            tool.qwen_ranks(tmp_path / name)
+    with pytest.raises(SystemExit, match="cannot read .*missing: No such file"):
+        tool.qwen_ranks(tmp_path / "missing")
+    with pytest.raises(SystemExit):
+        tool.main(["a.txt", "--out", str(tmp_path), "--ranks", "x"])
+    assert capsys.readouterr().err == "text.py: --ranks is for --tokenizer qwen\n"
+
+
+@pytest.mark.parametrize("hub", [fineweb.REPO], indirect=True)
+def test_qwen_from_the_hub(hub, synthetic, qwen, tmp_path):
+    hub.files = {"merges.txt": "\n".join(f"{spelled(a)} {spelled(b)}" for a, b in synthetic[0]).encode()}
+    code = f"import text; text.QWEN_SHA256 = {tool.QWEN_SHA256!r}; print(len(text.qwen_ranks(None)))"
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    for url in (hub.url, "http://127.0.0.1:9"):     # the second one is answered from the cache
+        done = subprocess.run([sys.executable, "-c", code], cwd=DATA, env=env | {"HF_ENDPOINT": url},
+                              capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("151643\n", "")
+    (tmp_path / "a.txt").write_text("hello")
+    env["HF_HOME"] = str(tmp_path / "empty")
+    done = run("text.py", tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "qwen",
+               env=env | {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    refused(done, "merges.txt", "--ranks", tool.QWEN_REPO, "refused")
+    assert not (tmp_path / "s").exists()
+
+
+def test_sample_finds_the_tokenizer_of_a_vocabulary(qwen):
+    import sample
+    for vocab, ranks in ((256, None), (50257, None), (151_665, qwen[0])):
+        encode, decode = sample.codec(vocab, ranks)
+        ids = encode("Zw\u00f6lf e\u0301<|endoftext|>")
+        assert {type(i) for i in ids} == {int} and max(ids) < 50256
+        assert unicodedata.normalize("NFC", decode(ids)) == "Zw\u00f6lf \u00e9<|endoftext|>"
+    with pytest.raises(SystemExit, match="no tokenizer for a vocabulary of 300 tokens.*qwen"):
+        sample.codec(300)
+    with pytest.raises(SystemExit, match="cannot read .*missing"):      # the padded size is Qwen's too
+        sample.codec(151_936, qwen[0].with_name("missing"))
+
+
 # ---------------------------------------------------------------- text.py: refusals
 BAD_INPUT = {           # name: (content, more arguments, words of the answer)
     "latin1.txt": (b"ok\n\xe9t\xe9\n", [], ["not UTF-8", "latin1.txt", "near line"]),
@@ -220,18 +384,27 @@ def shard(count, magic=20240520):
     return header.tobytes() + (np.arange(count) % 50257).astype("<u2").tobytes()
 
 
-@pytest.fixture
-def hub():
-    """A hub with one dataset, me/toy: `files`, `faults` of the next GETs, `busy` statuses before all."""
+@pytest.fixture(params=[fineweb.REPO, "me/toy"])
+def hub(request):
+    """A hub with one dataset, and Qwen's repository: `files`, `faults` of the next GETs, `busy` statuses before all.
+
+    The default dataset is fetched without a list of its files; another is listed, and names its files otherwise.
+    """
     class Hub(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        files, faults, busy, log = {}, [], [], []
+        files, faults, busy, log, repo = {}, [], [], [], request.param
 
         def do_HEAD(self):
             self.log.append(f"{self.command} {self.path}")
             name = self.path.rpartition("/")[2]
-            known = self.path in [f"/datasets/me/toy/resolve/{rev}/{name}" for rev in ("main", "c" * 40)]
+            known = self.path in [f"/{repo}/resolve/{rev}/{name}" for rev in ("main", "c" * 40)
+                                  for repo in (f"datasets/{self.repo}", tool.QWEN_REPO)]
             body = self.files.get(name) if known else None
+            if self.repo != fineweb.REPO and self.path.startswith(f"/api/datasets/{self.repo}/tree/main?"):
+                known, body = True, json.dumps([{"type": "file", "path": name, "size": len(data), "oid": "0"}
+                                                for name, data in reversed(self.files.items())]).encode()
+            elif self.repo != fineweb.REPO and self.path == f"/api/datasets/{self.repo}":
+                known, body = True, json.dumps({"id": self.repo}).encode()
             status = self.busy.pop() if known and self.busy else 200 if body is not None else 404
             self.send_response(status)
             self.send_header("X-Repo-Commit", "c" * 40)
@@ -246,7 +419,7 @@ def hub():
 
         def do_GET(self):
             body = self.do_HEAD()
-            fault = self.faults.pop(0) if body and self.faults else ""
+            fault = self.faults.pop(0) if body and self.faults and "/resolve/" in self.path else ""
             self.close_connection = fault == "cut off"
             self.wfile.write({"cut off": body[:500], "flipped": body[:-1] + b"x"}.get(fault, body))
 
@@ -256,16 +429,17 @@ def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.url = f"http://127.0.0.1:{server.server_port}"
-    Hub.files = {f"fineweb_{name}.bin": shard(n) for name, n in
+    stem = "fineweb" if Hub.repo == fineweb.REPO else "edu_fineweb"
+    Hub.files = {f"{stem}_{name}.bin": shard(n) for name, n in
                  (("val_000000", 300), ("train_000001", 1000), ("train_000002", 2000))}
     yield Hub
     server.shutdown()
     server.server_close()
 
 
-def fetch(tmp_path, url, *argv):
+def fetch(tmp_path, url, repo, *argv):
     env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    return run("fineweb.py", *argv, "--out", tmp_path / "out", "--repo", "me/toy", env=env)
+    return run("fineweb.py", *argv, "--out", tmp_path / "out", "--repo", repo, env=env)
 
 
 def test_download_survives_and_continues(hub, tmp_path, capsys):
@@ -274,14 +448,32 @@ def test_download_survives_and_continues(hub, tmp_path, capsys):
     out.mkdir()
     (out / one).write_bytes(hub.files[one][:-2])
     (out / two).write_bytes(hub.files[two])
-    hub.busy, hub.faults = [503], ["cut off", "", "flipped"]
-    done = fetch(tmp_path, hub.url, 2)
+    hub.busy, hub.faults = [503], ["cut off", "", "flipped"] if hub.repo == fineweb.REPO else []
+    done = fetch(tmp_path, hub.url, hub.repo, 2)
     assert done.returncode == 0 and not hub.faults and not hub.busy, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [[val, "1/2"], [one, "2/2"]]
     assert {p.name: p.read_bytes() for p in out.iterdir()} == hub.files
     assert not any(two in line for line in hub.log)
-    fineweb.main(["2", "--out", str(out)])      # all there: no hub is asked
-    assert "3 of 3" in capsys.readouterr().out
+    assert any("/tree/" in line for line in hub.log) == (hub.repo != fineweb.REPO)
+    if hub.repo == fineweb.REPO:
+        fineweb.main(["2", "--out", str(out)])      # all there: no hub is asked
+        assert "3 of 3" in capsys.readouterr().out
+
+
+def test_another_dataset_has_its_own_folder_and_names(tmp_path, monkeypatch, capsys):
+    listing = ["README.md", "x/my_train_000002.bin", "x/my_train_000001.bin", "x/my_val_000000.bin", "my_train_3.npy"]
+    monkeypatch.setattr(fineweb, "ROOT", tmp_path)
+    monkeypatch.setattr(fineweb, "retry", lambda action, name, *_, **__: (
+        listing if "list" in name else argparse.Namespace(size=10**15)))
+    with pytest.raises(SystemExit, match="3000000.0 GB needed"):
+        fineweb.main(["2", "--repo", "me/toy"])
+    assert capsys.readouterr().out == f"{tmp_path}/data/toy: 0 of 3 shards are there\n"
+    (tmp_path / "data/toy/my_train_000001.bin").write_bytes(shard(9))
+    (tmp_path / "data/toy/my_val_000000.bin").write_bytes(shard(9))
+    fineweb.main(["1", "--repo", "me/toy"])
+    assert "2 of 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="me/toy offers 1 files .*_val_.* and 2 .*_train_.*check --repo and N"):
+        fineweb.main(["3", "--repo", "me/toy"])
 
 
 def test_a_full_disk_is_noticed_before_downloading(tmp_path, monkeypatch):
@@ -290,20 +482,29 @@ def test_a_full_disk_is_noticed_before_downloading(tmp_path, monkeypatch):
         fineweb.main(["1", "--out", str(tmp_path)])
 
 
+@pytest.mark.parametrize("hub", [fineweb.REPO], indirect=True)
 def test_a_file_that_is_no_shard_is_refused(hub, tmp_path):
-    hub.files["fineweb_train_000001.bin"] = b"<html>sign in</html>" * 100
-    refused(fetch(tmp_path, hub.url, 1), "fineweb_train_000001.bin", "not a token shard")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["fineweb_val_000000.bin"]
+    val, one, _ = hub.files
+    hub.files[one] = b"<html>sign in</html>" * 100
+    refused(fetch(tmp_path, hub.url, hub.repo, 1), one, "not a token shard")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [val]
 
 
 def test_a_file_that_is_not_offered(hub, tmp_path):
-    del hub.files["fineweb_val_000000.bin"]
-    refused(fetch(tmp_path, hub.url, 1), "fineweb_val_000000.bin", "404", "--repo")
+    val, *_ = hub.files
+    del hub.files[val]
+    words = [val, "404", "--repo"] if hub.repo == fineweb.REPO else ["0 files *_val_*.bin", "--repo"]
+    refused(fetch(tmp_path, hub.url, hub.repo, 1), *words)
+    if hub.repo != fineweb.REPO:
+        refused(fetch(tmp_path, hub.url, "me/typo", 1), "me/typo", "404", "--repo")
     assert not (tmp_path / "out").exists()
 
 
-def test_no_hub_at_all(tmp_path):
-    done = fetch(tmp_path, "http://127.0.0.1:9", 1)
+@pytest.mark.parametrize("repo", [fineweb.REPO, "me/toy"])
+def test_no_hub_at_all(repo, tmp_path):
+    began = time.time()
+    done = fetch(tmp_path, "http://127.0.0.1:9", repo, 1)
+    assert time.time() - began < 20, "the client's own retries take longer"
     refused(done, "127.0.0.1:9", "HTTPS_PROXY", "HF_ENDPOINT", "by hand", "data/text.py")
     assert not (tmp_path / "out").exists()
     refused(run("fineweb.py", "104"), "N must be 1 to 103")

@@ -56,7 +56,7 @@ WRONG = [                                                   # (flags, what the l
     (["--mlp=lstm"], "mlp"), (["--pos=lstm"], "pos"), (["--optim=sgd"], "sgd"), (["--model=d13"], "d13"),
     (["--optim=adamw,muon"], "optim"), (["--mlp=relu2,gelu"], "mlp"), (["--pos=rope,learned"], "pos"),
     ([*ATTN, "--afno_poles=9"], "afno_poles"), (["--mixer=afno", "--n_kv_head=2"], "n_kv_head"),
-    (["--mixer=afno", f"--{'no-' if DEFAULT['attn_qk_norm'] else ''}attn_qk_norm"], "attn_qk_norm"),
+    (["--mixer=afno", "--head_norm=none"], "head_norm"),
     (["--optim=adamw", "--muon_momentum=0.5"], "muon_momentum"), (["--optim=muon", "--muon_momentum=1"], "muon"),
     (["--sequence_length=0"], "sequence_length"), (["--batch_size=-1"], "batch_size"), (["--n_layer=-1"], "n_layer"),
     (["--num_iterations=0"], "num_iterations"), (["--seed=-1"], "seed"), (["--seed=9" + 30 * "9"], "seed"),

@@ -7,20 +7,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
-from blocks import Rotary
+from attention import CausalSelfAttention, NoHeadNorm, Rotary
 from conv import BACKENDS, DepthwiseCausalConv, ShortConv, ToeplitzConv
+from muon import Muon
 from test_causality import SMALL, apart, awake
-from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, CausalSelfAttention, Config, Muon,
-                        build, build_optimizers, roles)
+from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, build,
+                        build_optimizers, roles)
 
 PLAIN = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=50, sequence_length=16, mixer="attn", mlp="gelu", pos="none",
              zero_init=True, tie_embeddings=False, pad_vocab=True, embed_norm=False, logit_softcap=0.0,
              value_residual=False, x0_shortcut=False, unet_skips=False, branch_scale=False)
 SWITCHES = [dict(embed_norm=True), dict(logit_softcap=5.0), dict(value_residual=True), dict(x0_shortcut=True),
-            dict(unet_skips=True), dict(branch_scale=True), dict(attn_qk_norm=False), dict(attn_short_conv=True),
+            dict(unet_skips=True), dict(branch_scale=True), dict(head_norm="none"), dict(short_conv=True),
             dict(mlp="relu2"), *(dict(pos=row) for row in POSITIONS if row != "none")]
 ALL_ON = dict(mixer="afno,attn", n_layer=5, embed_norm=True, logit_softcap=15.0, value_residual=True, x0_shortcut=True,
-              unet_skips=True, branch_scale=True, attn_short_conv=True)
+              unet_skips=True, branch_scale=True, short_conv=True)
 
 
 def config(**knobs):
@@ -102,7 +103,7 @@ def test_kernel_does_not_depend_on_the_length():
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_attention_equals_naive(n_kv_head):
-    m = awake(CausalSelfAttention(32, 16, n_head=4, n_kv_head=n_kv_head, qk_norm=False, rope=False))
+    m = awake(CausalSelfAttention(32, 16, n_head=4, n_kv_head=n_kv_head, head_norm=NoHeadNorm, rope=False))
     x = torch.randn(2, 11, 32)
     q, k, v = (part(x).unflatten(2, (-1, 8)).transpose(1, 2) for part in (m.q, m.k, m.v))
     k, v = (t.repeat_interleave(4 // n_kv_head, dim=1) for t in (k, v))

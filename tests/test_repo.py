@@ -48,6 +48,12 @@ def test_ruff():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("folder", sorted(p.parent for p in ROOT.glob("records/*/README.md")), ids=lambda p: p.name)
+def test_the_table_of_a_record_comes_from_its_logs(folder):
+    done = subprocess.run([sys.executable, ROOT / "records/table.py", folder], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_resolve(page):
     if not page.exists():

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -13,8 +15,11 @@ def run(script, *flags):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_the_embedded_run_from_check_to_sample(tmp_path):
-    done = run("run_afno.sh", "--num_iterations", 2, "--val_tokens", 1024, "--output_dir", tmp_path)
+@pytest.mark.parametrize("script", ["run_afno.sh", "run_attn.sh", "run_fan.sh", "run_neollm.sh"])
+def test_the_embedded_run_from_check_to_sample(script, tmp_path):
+    if script == "run_neollm.sh":
+        pytest.importorskip("pytorch_optimizer")
+    done = run(script, "--num_iterations", 2, "--val_tokens", 1024, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "no CUDA device" in done.stdout and "final val_loss:" in done.stdout and "a sample" in done.stdout
     assert len(list(tmp_path.glob("*/log.txt"))) == len(list(tmp_path.glob("*/model.pt"))) == 1
@@ -34,6 +39,29 @@ def test_the_control_of_the_afno_recipe_has_its_size():
                     if line.startswith("parameters"))
         count[mixer] = int(line.split()[1].replace(",", ""))
     assert abs(count["attn"] / count["afno,afno,afno,attn"] - 1) < 0.02
+
+
+def test_neollm_has_the_size_of_its_card():
+    C, V, ffn, kv, heads, layers = 512, 151_665, 1024, 2 * 64, 8, 12
+    gdn = 5 * C * C + 2 * heads * C + 4 * 3 * C + 2 * heads + C // heads       # q k v gate proj, a b, conv, A dt, gain
+    periodic = C // 8
+    fan = (C + 1) * (C - periodic) + 2 * C * C + 2 * C * kv                     # FAN layer, q and proj, k and v
+    mlp = 3 * C * ffn + 4                                                       # gate, fc, proj; PolyNorm has 4
+    others = layers // 4 * (3 * gdn + fan) + layers * (mlp + 1)                 # and GPAS's gate
+    text = run("run_neollm.sh", "--estimate").stdout
+    assert f"embed {C * V:,}" in text and C * V == 77_652_480 and 33e6 < others < 36e6
+    assert f"parameters     {C * V + others:,} " in text and " 2,027,520,000 in 61,875 steps" in text
+
+
+def test_fanformer_has_the_size_of_its_sum():
+    C, V, ffn, kv, layers, D = 768, 50_304, 2048, 6 * 64, 12, 64
+    def cola(d_in, d_out):
+        return min(d_in, d_out) // 4 * (d_in + d_out)
+    features = C - int(0.15 * C)                                                # FAN: cos and sin share their inputs
+    attention = cola(C, features) + features + 2 * cola(C, C) + 2 * cola(C, kv) + 3 * D
+    layer = attention + 3 * cola(C, ffn) + 2 * C                                # SwiGLU, the residual's gates
+    count = C * V + layers * layer + (layers - 1) * C                           # HybridNorm*: no gain in the first
+    assert f"parameters     {count:,} " in run("run_fan.sh", "--estimate").stdout
 
 
 def test_a_wrong_flag_is_one_line():

@@ -181,8 +181,8 @@ def golden_curve(out):
     cfg = dict(
         input_bin="data/tinyshakespeare/train.bin", input_val_bin="data/tinyshakespeare/val.bin", seed=0, shuffle=True,
         sequence_length=64, batch_size=4, grad_accumulation_steps=2, val_tokens=4096, val_loss_every=10,
-        val_batch_size=16, mixer="attn", n_layer=2, n_head=4, n_embd=64, n_kv_head=0, attn_qk_norm=True,
-        attn_short_conv=False, pos="rope", mlp="relu2", mlp_ratio=4.0, zero_init=True, tie_embeddings=False,
+        val_batch_size=16, mixer="attn", n_layer=2, n_head=4, n_embd=64, n_kv_head=0, head_norm="qk",
+        short_conv=False, pos="rope", mlp="relu2", mlp_ratio=4.0, zero_init=True, tie_embeddings=False,
         pad_vocab=True, embed_norm=True, logit_softcap=15.0, value_residual=False, x0_shortcut=False, unet_skips=False,
         branch_scale=False, optim="muon", muon_learning_rate=0.03, muon_momentum=0.95, muon_momentum_warmup=300,
         learning_rate=0.003, embed_lr_scale=1.0, head_lr_scale=1.0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95,
