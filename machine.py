@@ -1,11 +1,8 @@
-"""The machine and what a run costs on it: device, clock, memory, --estimate, and what the log says of where it ran."""
-import hashlib
+"""The machine and what a run costs on it: device, clock, memory, --estimate."""
 import platform
 import resource
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
@@ -113,23 +110,3 @@ class Clock:
             getattr(torch, self.device.type).synchronize()
         self.total += time.perf_counter() - self.since
         return self.total
-
-
-def checksum(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def git(*args):
-    command = ["git", "-C", Path(__file__).parent, *args]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def environment(device, world, paths):
-    """What a reader needs to run it again besides sources and flags: a dict of plain values."""
-    return dict(python=platform.python_version(), torch=torch.__version__, device=device_name(device), processes=world,
-                threads=torch.get_num_threads(), commit=git("rev-parse", "HEAD") or "unknown",
-                dirty=bool(git("status", "--porcelain")), command=sys.argv, shards={p: checksum(p) for p in paths})

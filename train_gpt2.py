@@ -13,15 +13,13 @@ Letters: B batch, T time, C channels, H heads, D head width, V vocabulary. Losse
 """
 import argparse
 import inspect
-import json
 import math
 import os
 import re
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -39,9 +37,9 @@ from data.shards import open_shards
 from deltanet import GatedDeltaNet
 from fan import FAN, FANMLP, TallFAN
 from linear import CoLA, Linear, keep_all, recompute_block, recompute_high_rank
+from log import Log, save
 from loss import linear_cross_entropy, softcap
-from machine import (Clock, device_name, device_peak_flops, duration, environment, flops_per_token, peak_memory,
-                     pick_device, report)
+from machine import Clock, device_name, device_peak_flops, duration, flops_per_token, peak_memory, pick_device, report
 from mlp import GELU, GatedPolyNorm, PolyNormMLP, ReLU2, SwiGLU
 from optimizers import build_adamw, build_ademamix, build_muon, build_soap, clip_gradients, cosine, trapezoid
 
@@ -347,12 +345,13 @@ def roles(model):
 def init_weights(model):
     """The one initialiser of embeddings, head and projections; every other parameter is initialised by its module."""
     cfg = model.cfg
+    def uniform(p):                                         # torch's default for nn.Linear
+        nn.init.uniform_(p, -p.size(-1) ** -0.5, p.size(-1) ** -0.5)
     for p, role in roles(model).items():
-        bound = p.size(-1) ** -0.5 if p.ndim else 0.0       # torch's default for nn.Linear
         if role == "embed":
-            nn.init.uniform_(p, -bound, bound) if cfg.tie_embeddings else nn.init.normal_(p)
+            uniform(p) if cfg.tie_embeddings else nn.init.normal_(p)
         elif role == "head" or role == "proj":
-            nn.init.zeros_(p) if cfg.zero_init else nn.init.uniform_(p, -bound, bound)
+            nn.init.zeros_(p) if cfg.zero_init else uniform(p)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -473,41 +472,6 @@ class Windows:
                 rows, ready = ready.result(), pool.submit(lambda s=step: pin(self.batch(s)))
                 rows = rows.to(device, non_blocking=True)
                 yield [(r[:, :-1], r[:, 1:]) for r in rows.split(self.micro_batch)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Log and checkpoint
-
-class Log:
-    """One run's folder. log.txt starts with all that is needed to run it again: sources, flags, machine, data."""
-    def __init__(self, cfg, device, world, shards):
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-        name = f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
-        self.dir = next(d for i in count() if not (d := Path(cfg.output_dir) / (f"{name}_{i}" if i else name)).exists())
-        try:
-            self.dir.mkdir(parents=True)
-        except OSError as e:
-            raise SystemExit(f"--output_dir {cfg.output_dir}: cannot write there ({e.strerror})") from None
-        self.file, self.tty, self.shown = open(self.dir / "log.txt", "w", buffering=1), sys.stdout.isatty(), 0.0
-        env = environment(device, world, shards)
-        sources = {m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-        for path in sorted(Path(f) for f in sources if Path(f).parent in (ROOT, ROOT / "data")):
-            print(f"=== source {path.name}\n{path.read_text()}", file=self.file)
-        print(f"=== config\n{json.dumps(asdict(cfg))}\n=== env\n{json.dumps(env)}\n=== run", file=self.file)
-
-    def __call__(self, line):
-        print(line, file=self.file)
-        print(("\r\033[K" if self.tty else "") + line, flush=True)
-
-    def progress(self, line):                               # a line that overwrites itself, on a terminal only
-        print("\r\033[K" + line, end="", flush=True)
-        self.shown = time.perf_counter()
-
-
-def save(path, model, cfg, step):
-    """Checkpoint for sampling: weights and config. Written aside and renamed, so a torn file never bears the name."""
-    torch.save(dict(model=model.state_dict(), config=asdict(cfg), step=step), f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
