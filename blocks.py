@@ -93,7 +93,7 @@ class GPAS(nn.Module):
 
     def __init__(self, dim, *, clip):
         super().__init__()
-        self.a = nn.Parameter(torch.zeros(()))
+        self.a = nn.Parameter(torch.zeros(1))
 
     def forward(self, x, y, branch):
         h = x + y

@@ -35,7 +35,8 @@ class FANLayer(nn.Module):
     def forward(self, x):
         z = self.input(x)
         p, g = z.split((self.periodic, z.size(-1) - self.periodic), dim=-1)
-        p = p.to(torch.promote_types(p.dtype, torch.float32))        # bf16 is off by up to 0.1 at an angle of 20
+        # Trigonometry in fp32. The angle's own rounding to bf16 stays: 0.0013 on average at angles of deviation 1.
+        p = p.to(torch.promote_types(p.dtype, torch.float32))
         return torch.cat([*(f(p).type_as(g) for f in self.trig), self.act(g)], dim=-1)
 
 

@@ -173,7 +173,7 @@ class Config:
         if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or 1):
             raise ValueError(f"{self.n_embd} channels, {self.n_head} heads, {self.n_kv_head or self.n_head} "
                              "key/value heads: each must be a multiple of the next")
-        if sum(self.ramps) > self.num_iterations:
+        if self.ramps[0] + self.ramps[1] * ("warmdown_iters" in used) > self.num_iterations:
             raise ValueError(f"--num_iterations {self.num_iterations} is less than warm-up and warm-down: {self.ramps}")
 
     @property
@@ -199,11 +199,13 @@ CLASHES = {                                                 # {why: settings tha
     "LNS is the scale of the branches: drop one": dict(norm=("lns",), branch_scale=(True,)),
     "HybridNorm normalises inside the heads: add --head_norm qkv": dict(
         norm=("hybrid", "hybrid_star"), head_norm=("none", "qk")),
+    "its schedule takes the logarithm": dict(optim=("ademamix",), adam_beta1=(0.0,)),
     "HybridNorm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star"), residual=("gpas",)),
 }
 LEAST = {"warmup_iters": -1, "warmdown_iters": -1} | dict.fromkeys((      # smallest value a number may have; else 0
     "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
-    "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25}
+    "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25,
+                                               "ademamix_beta3": 1e-6, "soap_frequency": 1, "gdn_chunk": 1}
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "ademamix_beta3": 1, "soap_beta": 1, "dropout": 1,
          "lr_start": 1.001, "lr_end": 1.001, "seed": 2**63}          # and what it stays below; else inf
 SYNONYMS = {"fan_ratio": ("--p",)}
