@@ -9,6 +9,6 @@ RACE=("${PARTS[@]}" --model d12 --n_kv_head 6 --mlp_ratio 2.6667
       --warmup_iters 250 --warmdown_iters 2400
       --batch_size 16 --grad_accumulation_steps 16 --sequence_length 1024 --num_iterations 4000 --no-shuffle
       --val_loss_every 125 --train_loss_every 25 --target_val_loss 3.3821)
-EMBEDDED=("${PARTS[@]}" --n_kv_head 2 --mlp_ratio 2.6667 --num_iterations 600 --val_loss_every 100)
+EMBEDDED=("${PARTS[@]}" --n_kv_head 2 --mlp_ratio 2.6667 --num_iterations 500)
 SHARDS=11                                                            # 1.05B tokens
 source "$(dirname "$0")/run_race.sh"

@@ -11,7 +11,7 @@ RACE=("${PARTS[@]}" --n_layer 12 --n_head 8 --n_embd 512 --learning_rate 0.0006
       --warmup_iters 5000 --ademamix_warmup 5000
       --batch_size 64 --grad_accumulation_steps 1 --sequence_length 512 --num_iterations 61875 --no-shuffle
       --val_loss_every 2500 --train_loss_every 100)
-EMBEDDED=("${PARTS[@]}" --learning_rate 0.003 --num_iterations 600 --val_loss_every 100)
+EMBEDDED=("${PARTS[@]}" --learning_rate 0.003 --num_iterations 300 --val_loss_every 100)
 SHARDS=21                                                            # 2.03B tokens
 REPO=karpathy/fineweb-edu-100B-gpt2-token-shards DATA=data/fineweb-edu-100B-gpt2-token-shards VOCAB=151665
 EXTRA=(pytorch-optimizer)                                            # AdEMAMix
