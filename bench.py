@@ -22,7 +22,7 @@ from train_gpt2 import MIXERS, Config, build
 
 
 def gdn(args, device):
-    """The gated delta rule in fp32, n_head heads of n_embd / n_head (dk = dv): ours by chunks of 64 and 32; the rest.
+    """The gated delta rule in fp32, n_head heads of n_embd / n_head (dk = dv): ours by chunks of 32 and 64; the rest.
 
     The recurrences take every token by itself; transformers' chunks, where it is installed, are of 64 as well.
     """
@@ -32,7 +32,7 @@ def gdn(args, device):
     q, k, v = (torch.randn(B, T, H, D, device=device) for _ in range(3))
     g, beta = -0.5 * torch.rand(B, T, H, device=device), torch.rand(B, T, H, device=device)
     x = [u.requires_grad_() for u in (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, g, beta)]
-    rules = {"chunks of 64": gated_delta_rule, "chunks of 32": lambda *x: gated_delta_rule(*x, chunk=32),
+    rules = {"chunks of 32": gated_delta_rule, "chunks of 64": lambda *x: gated_delta_rule(*x, chunk=64),
              "recurrence": gated_delta_rule_naive}
     if importlib.util.find_spec("transformers"):
         from transformers.models.olmo_hybrid import modeling_olmo_hybrid as theirs

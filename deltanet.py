@@ -51,7 +51,7 @@ class UnitLowerInverse(torch.autograd.Function):
         return (inverse.mT @ grad @ inverse.mT).tril(-1).neg_()
 
 
-def gated_delta_rule(q, k, v, g, beta, chunk=64, state=None):
+def gated_delta_rule(q, k, v, g, beta, chunk=32, state=None):
     """The rule, chunkwise: q, k (B, T, H, dk), v (B, T, H, dv), g, beta (B, T, H) -> o (B, T, H, dv), final state.
 
     g <= 0 is the log of the decay; q is divided by sqrt(dk) here. A state is (B, H, dk, dv); None is zeros. Works in
@@ -83,7 +83,7 @@ def gated_delta_rule(q, k, v, g, beta, chunk=64, state=None):
         return o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].type_as(v), S.unflatten(0, (B, H))
 
 
-def with_kernel(kernel, q, k, v, g, beta, chunk=64, state=None):
+def with_kernel(kernel, q, k, v, g, beta, chunk=32, state=None):
     """The rule by fla's kernel where it applies, in bf16 or fp16 on a GPU (its chunks are its own); else ours."""
     if not v.is_cuda or v.dtype not in (torch.bfloat16, torch.float16) or k.size(-1) > 256:
         return gated_delta_rule(q, k, v, g, beta, chunk, state)
@@ -109,7 +109,7 @@ class GatedDeltaNet(nn.Module):
     flip sign (arXiv 2411.12537). Positions are in the decay: no rotary. Decoding keeps S and three tokens.
     Raises ValueError where the sizes do not fit.
     """
-    def __init__(self, dim, seq_len, *, n_head, k_heads=0, head_dim=0, expand_v=1.0, chunk=64, linear=nn.Linear,
+    def __init__(self, dim, seq_len, *, n_head, k_heads=0, head_dim=0, expand_v=1.0, chunk=32, linear=nn.Linear,
                  neg_eigval=False):
         super().__init__()
         k_heads, dk = k_heads or n_head, head_dim or dim // n_head

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -50,7 +51,8 @@ class Log:
         self.file, self.tty, self.shown = open(self.dir / "log.txt", "w", buffering=1), sys.stdout.isatty(), 0.0
         env = environment(device, world, shards)
         sources = {m.__file__ for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-        for path in sorted(Path(f) for f in sources if Path(f).parent in (ROOT, ROOT / "data")):
+        ours = {path for f in sources if (path := Path(f).resolve()).parent in (ROOT, ROOT / "data") and path.is_file()}
+        for path in sorted(ours):
             print(f"=== source {path.name}\n{path.read_text()}", file=self.file)
         print(f"=== config\n{json.dumps(asdict(cfg))}\n=== env\n{json.dumps(env)}\n=== run", file=self.file)
 
@@ -59,7 +61,7 @@ class Log:
         print(("\r\033[K" if self.tty else "") + line, flush=True)
 
     def progress(self, line):                               # a line that overwrites itself, on a terminal only
-        print("\r\033[K" + line, end="", flush=True)
+        print("\r\033[K" + line[:shutil.get_terminal_size().columns - 1], end="", flush=True)      # never wraps
         self.shown = time.perf_counter()
 
 

@@ -38,7 +38,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             batches = {}
             for p in group["params"]:
-                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                m = self.state[p]["momentum_buffer"]
                 m.lerp_(p.grad, 1 - group["momentum"])
                 tall, update = p.size(-2) > p.size(-1), p.grad.lerp(m, group["momentum"]).view(-1, *p.shape[-2:])
                 update = update.mT if tall else update

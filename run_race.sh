@@ -3,18 +3,20 @@
 REPO=${REPO:-kjj0/fineweb10B-gpt2} DATA=${DATA:-data/fineweb10B} VOCAB=${VOCAB:-50257}
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 check() { "$python" train_gpt2.py "$@"; }                            # a wrong flag or shard ends here, with one line
-out=logs own_data= previous=
+out=logs sizes=(--vocab_size "$VOCAB") task=train previous=
 for flag in "$@"; do
-    [[ $flag == --estimate || $flag == --help ]] && { check --vocab_size "$VOCAB" "${RACE[@]}" "$@"; exit; }
+    [[ $flag == --estimate || $flag == --help ]] && task=tell
     [[ $previous == --output_dir ]] && out=$flag
     [[ $flag == --output_dir=* ]] && out=${flag#*=}
-    [[ $flag == --input_bin* ]] && own_data=1
+    [[ $flag == --input_bin* ]] && sizes=()                          # shards of your own: nothing is fetched
     previous=$flag
 done
+[[ $task == tell ]] && { check ${sizes[@]+"${sizes[@]}"} "${RACE[@]}" "$@"; exit; }
 if has_cuda; then
     flags=(--input_bin "$DATA/*_train_*.bin" --input_val_bin "$DATA/*_val_*.bin" "${RACE[@]}" "$@")
-    check --vocab_size "$VOCAB" "${RACE[@]}" "$@" --estimate >/dev/null                   # before anything is fetched
-    [[ $own_data ]] || "$python" data/fineweb.py "$SHARDS" --repo "$REPO" --out "$DATA"
+    check ${sizes[@]+"${sizes[@]}"} "${RACE[@]}" "$@" --estimate >/dev/null                # before anything is fetched
+    has tiktoken huggingface_hub || install tiktoken huggingface-hub
+    [[ ${#sizes[@]} == 0 ]] || "$python" data/fineweb.py "$SHARDS" --repo "$REPO" --out "$DATA"
 else
     echo "no CUDA device: this is the embedded run (Tiny Shakespeare, byte by byte) instead of the FineWeb race"
     flags=("${EMBEDDED[@]}" "$@")

@@ -1,4 +1,4 @@
-"""Let a trained model write: one token at a time, through every mixer's constant-cost step where it has one.
+"""Let a trained model write, token by token, by the step of its mixers where all have one.
 
     python sample.py                                    # the newest checkpoint below logs/
     python sample.py logs/*/model.pt --prompt "To be" --tokens 500 --temperature 0.7 --top_k 50
@@ -39,13 +39,16 @@ def codec(vocab_size, ranks=None):
 def generate(model, ids, n, temperature=1.0, top_k=0):
     """Yield n token ids after the prompt ids (not empty); the window moves on when sequence_length is reached."""
     T, ids = model.cfg.sequence_length, list(ids)
-    state, t = model.init_state(1), 0
+    decodes, t = all(hasattr(block.mixer, "step") for block in model.blocks), T
     for _ in range(n):
-        if t == T:                                      # full: start again from the last half
-            state, t, ids = model.init_state(1), 0, ids[-(T // 2):]
-        for token in ids[t:]:
-            logits, state = model.step(torch.tensor([token]), state)
-        t = len(ids)
+        if not decodes:                                 # a mixer without a step: the whole window for every token
+            logits = model(torch.tensor([ids[-T:]]))[:, -1]
+        else:
+            if t == T:                                  # nothing yet, or full: start again from the last half
+                state, t, ids = model.init_state(1), 0, ids if len(ids) < T else ids[-max(1, T // 2):]
+            for token in ids[t:]:
+                logits, state = model.step(torch.tensor([token]), state)
+            t = len(ids)
         if temperature == 0:
             token = int(logits.argmax())
         else:

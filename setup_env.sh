@@ -8,6 +8,8 @@ install() {
     "$python" -m pip install --quiet --disable-pip-version-check "$@" 1>&2 ||
         { echo "cannot install $*: check the network, then run this again" >&2; exit 1; }
 }
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "Python 3.11 or later is needed: name one by PYTHON=..." >&2; exit 1; }
 if ! has torch numpy; then
     if [ ! -x .venv/bin/python ]; then
         echo "torch is not installed: making a virtual environment in .venv" >&2

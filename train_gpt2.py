@@ -1,6 +1,6 @@
 """spectral-nanogpt: train GPT-2 on one GPU, with or without attention.
 
-One file is the whole trainer; every sequence mixer other than attention is a sibling file, picked by --mixer.
+Config, model, data and loop are this file; mixers and other parts are siblings, picked by flags: see "The axes".
 Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (the one-GPU benchmark).
 
     python train_gpt2.py                                          # the embedded run: any machine, minutes
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 import torch.nn as nn
 
@@ -106,7 +107,7 @@ class Config:
     gdn_k_heads: int = 0                                    # query/key heads; 0 is n_head, the number of value heads
     gdn_head_dim: int = 0                                   # width of a query or key; 0: C / n_head
     gdn_expand_v: float = 1.0                               # width of a value / width of a key
-    gdn_chunk: int = 64                                     # tokens that are worked on as one matrix product
+    gdn_chunk: int = 32                                     # tokens that are worked on as one matrix product
     gdn_neg_eigval: bool = False                            # beta up to 2: the state may be reflected
     # optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes share them.
     optim: str = "muon"                                     # row of OPTIMS
@@ -200,6 +201,7 @@ CLASHES = {                                                 # {why: settings tha
     "HybridNorm normalises inside the heads: add --head_norm qkv": dict(
         norm=("hybrid", "hybrid_star"), head_norm=("none", "qk")),
     "its schedule takes the logarithm": dict(optim=("ademamix",), adam_beta1=(0.0,)),
+    "there are no low-rank products to keep: add --linear cola": dict(linear=("dense",), recompute=("cola",)),
     "HybridNorm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star"), residual=("gpas",)),
 }
 LEAST = {"warmup_iters": -1, "warmdown_iters": -1} | dict.fromkeys((      # smallest value a number may have; else 0
@@ -207,7 +209,8 @@ LEAST = {"warmup_iters": -1, "warmdown_iters": -1} | dict.fromkeys((      # smal
     "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25,
                                                "ademamix_beta3": 1e-6, "soap_frequency": 1, "gdn_chunk": 1}
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "ademamix_beta3": 1, "soap_beta": 1, "dropout": 1,
-         "lr_start": 1.001, "lr_end": 1.001, "seed": 2**63}          # and what it stays below; else inf
+         "seed": 2**63} | dict.fromkeys(                            # and what it stays below; else inf
+             ("lr_start", "lr_end", "afno_hard_thresholding_fraction"), 1 + 1e-9)             # these may be 1
 SYNONYMS = {"fan_ratio": ("--p",)}
 
 
@@ -275,10 +278,11 @@ class GPT(nn.Module):
         self.head = nn.Linear(C, rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.wte.weight
-        self.v_lambda = nn.Parameter(torch.ones(L)) if cfg.value_residual else None  # arXiv 2410.17897
+        self.v_lambda = nn.Parameter(torch.ones(L)) if cfg.value_residual and L > 1 else None  # arXiv 2410.17897
         self.x0_lambda = nn.Parameter(torch.tensor([[1.0, 0.0]] * L)) if cfg.x0_shortcut else None
-        self.skip_lambda = nn.Parameter(torch.ones(L // 2)) if cfg.unet_skips else None
-        if cfg.value_residual and len({block.mixer.v.out_features for block in self.blocks}) > 1:
+        self.skip_lambda = nn.Parameter(torch.ones(L // 2)) if cfg.unet_skips and L > 1 else None
+        widths = {block.mixer.v.out_features if hasattr(block.mixer, "v") else 0 for block in self.blocks}
+        if cfg.value_residual and (0 in widths or len(widths) > 1):
             raise ValueError("--value_residual needs values of one width in all layers: leave out --n_kv_head")
         init_weights(self)
 
@@ -545,6 +549,8 @@ def main(cfg):
 
     autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else nullcontext
     compiled = cfg.compile if cfg.compile is not None else device.type == "cuda"
+    if hasattr(torch._functorch.config, "backward_pass_autocast"):       # else the backward of an fp32 island that is
+        torch._functorch.config.backward_pass_autocast = "off"           # compiled under autocast runs in bf16
     forward, stream, clock = torch.compile(model) if compiled else model, windows.stream(device), Clock(device)
     if compiled:                                            # compile outside the clock: one dummy pass, no step
         with autocast():

@@ -96,6 +96,11 @@ def main(argv=None):
 
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06d}.bin" for i in range(1, args.n + 1)]
     if args.repo != REPO:
+        here = [sorted(args.out.glob(f"*_{part}_*.bin")) for part in ("val", "train")]
+        if here[0] and len(here[1]) >= args.n and not any(map(defect, here[0] + here[1][:args.n])):
+            count = len(here[0]) + args.n
+            print(f"{args.out}: {count} of {count} shards are there")
+            return
         files = sorted(retry(listed, "the list of its files", args, impatient=True))
         val, train = (fnmatch.filter(files, f"*_{part}_*.bin") for part in ("val", "train"))
         if not val or len(train) < args.n:

@@ -508,6 +508,10 @@ def test_no_hub_at_all(repo, tmp_path):
     refused(done, "127.0.0.1:9", "HTTPS_PROXY", "HF_ENDPOINT", "by hand", "data/text.py")
     assert not (tmp_path / "out").exists()
     refused(run("fineweb.py", "104"), "N must be 1 to 103")
+    if repo != fineweb.REPO:                                # shards that were copied there by hand need no hub
+        (tmp_path / "a.txt").write_text("Some words. " * 50)
+        make(tmp_path / "a.txt", "--out", tmp_path / "out")
+        assert fetch(tmp_path, "http://127.0.0.1:9", repo, 1).returncode == 0
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "many", "1.5"])

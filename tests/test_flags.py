@@ -5,7 +5,9 @@ import sys
 from dataclasses import asdict, fields
 
 import pytest
+import torch
 
+from machine import device_peak_flops
 from train_gpt2 import ROOT, Config, main, parse
 
 # small enough for any machine, should a run start that must not
@@ -93,6 +95,13 @@ def test_one_line_on_stderr(argv, word):
 @pytest.mark.parametrize("argv", [["--n_layer=1", "--unet_skips"], ["--sequence_length=1"], ["--num_iterations=1"]])
 def test_extreme_sizes_run(argv, tmp_path):
     assert main(parse([*SMALL, *ATTN, f"--output_dir={tmp_path}", *argv])) > 0
+
+
+@pytest.mark.parametrize("name, known", [("NVIDIA GeForce RTX 4090", True), ("NVIDIA H200", True), ("", False),
+                                         ("NVIDIA GeForce RTX 4090 Laptop GPU", False), ("NVIDIA RTX A1000", False)])
+def test_no_mfu_of_a_gpu_that_only_sounds_familiar(name, known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert (device_peak_flops(torch.device("cuda")) is not None) == known
 
 
 def test_estimate(tmp_path, capsys):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -253,6 +254,19 @@ def test_bfloat16_autocast_is_finite_and_near(knobs):
     loss.backward()
     assert abs(loss - exact) < 0.05 * exact and loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in m.parameters())
+
+
+@pytest.mark.parametrize("row", ["afno", "gdn"])
+@torch._functorch.config.patch(backward_pass_autocast="off")                                # as main() has it
+def test_compiled_backward_of_fp32_islands_stays_fp32(row):
+    m, idx, grads = awake(model(mixer=row)), tokens(), []
+    for forward in (m, torch.compile(m, backend="aot_eager", fullgraph=True)):
+        m.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(idx, idx.roll(1, 1))
+        loss.backward()
+        grads.append([p.grad.clone() for p in m.parameters()])
+    assert max(apart(a, b) for a, b in zip(*grads)) < 1e-4
 
 
 def test_block_adds_its_parts():

@@ -186,7 +186,7 @@ def golden_curve(out):
         pad_vocab=True, embed_norm=True, logit_softcap=15.0, value_residual=False, x0_shortcut=False, unet_skips=False,
         branch_scale=False, optim="muon", muon_learning_rate=0.03, muon_momentum=0.95, muon_momentum_warmup=300,
         learning_rate=0.003, embed_lr_scale=1.0, head_lr_scale=1.0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95,
-        grad_clip=0.0, num_iterations=20, warmup_iters=2, warmdown_iters=10)
+        device="cpu", compile=False, grad_clip=0.0, num_iterations=20, warmup_iters=2, warmdown_iters=10)
     _, folder = train(out, **cfg)
     return [*steps(folder, "train"), *steps(folder, "val")]
 
