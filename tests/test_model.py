@@ -256,10 +256,10 @@ def test_bfloat16_autocast_is_finite_and_near(knobs):
     assert all(p.grad.isfinite().all() for p in m.parameters())
 
 
-@pytest.mark.parametrize("row", ["afno", "gdn"])
+@pytest.mark.parametrize("knobs", [dict(mixer="afno"), dict(mixer="gdn", gdn_chunk=5)])
 @torch._functorch.config.patch(backward_pass_autocast="off")                                # as main() has it
-def test_compiled_backward_of_fp32_islands_stays_fp32(row):
-    m, idx, grads = awake(model(mixer=row)), tokens(), []
+def test_compiled_backward_of_fp32_islands_stays_fp32(knobs):
+    m, idx, grads = awake(model(**knobs)), tokens(), []
     for forward in (m, torch.compile(m, backend="aot_eager", fullgraph=True)):
         m.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):

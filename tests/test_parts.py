@@ -453,8 +453,9 @@ def run(row, **knobs):
     return loss.detach(), {name: p.grad for name, p in m.named_parameters()}, kept, watch.products
 
 
-PARTS = [dict(linear="cola"), dict(linear="cola", dropout=0.3), dict(mlp="polynorm", residual="gpas", dropout=0.2),
-         dict(mixer="fan_tall", norm="hybrid_star", head_norm="qkv", value_residual=True, unet_skips=True)]
+PARTS = [dict(linear="cola"), dict(linear="cola", dropout=0.3),
+         dict(linear="cola", mlp="polynorm", residual="gpas", dropout=0.2),
+         dict(linear="cola", mixer="fan_tall", norm="hybrid_star", head_norm="qkv", value_residual=True, unet_skips=True)]
 
 
 @pytest.mark.parametrize("knobs", PARTS, ids=str)
