@@ -455,7 +455,8 @@ def run(row, **knobs):
 
 PARTS = [dict(linear="cola"), dict(linear="cola", dropout=0.3),
          dict(linear="cola", mlp="polynorm", residual="gpas", dropout=0.2),
-         dict(linear="cola", mixer="fan_tall", norm="hybrid_star", head_norm="qkv", value_residual=True, unet_skips=True)]
+         dict(linear="cola", mixer="fan_tall", norm="hybrid_star", head_norm="qkv", value_residual=True,
+              unet_skips=True)]
 
 
 @pytest.mark.parametrize("knobs", PARTS, ids=str)
