@@ -86,11 +86,13 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.head_norm(*(t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v)))
         return self.rotary(q, start), self.rotary(k, start), v
 
+    def attend(self, x, q, k, v, causal):                   # -> (B, H, T, D); x is what q, k and v were made from
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=k.size(1) < q.size(1))
+
     def forward(self, x, v1=None):
         z = self.qkv(x)
         q, k, v = self.heads(z if self.short_conv is None else self.short_conv(z), v1)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(self.attend(x, q, k, v, True).transpose(1, 2).flatten(2))
 
     def init_state(self, B):
         cache = next(self.parameters()).new_zeros(2, B, self.n_kv_head, self.seq_len, self.head_dim)
@@ -104,5 +106,4 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(z[:, None], v1 if v1 is None else v1[:, None], t)
         cache = cache.index_copy(3, torch.tensor([t], device=x.device), torch.stack((k, v)).type_as(cache))
         k, v = cache[:, :, :, :t + 1].type_as(q)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.n_kv_head < self.n_head)
-        return self.proj(y.flatten(1)), (window, cache, t + 1)
+        return self.proj(self.attend(x[:, None], q, k, v, False).flatten(1)), (window, cache, t + 1)

@@ -25,6 +25,9 @@ class PreNorm(nn.Module):
     def mlp(self, x):
         return self(x)
 
+    def constrain(self, table):
+        """What the row demands of all weights, {parameter: role}: after initialisation and after every step."""
+
 
 class LayerNormScaling(PreNorm):
     """x + f(norm(x) / sqrt(l)) in block l = 1, 2, ...: deep blocks stay useful (arXiv 2502.05795).
@@ -39,13 +42,13 @@ class LayerNormScaling(PreNorm):
         return x, self.scale * norm(x)
 
 
-class HybridNorm(nn.Module):
+class HybridNorm(PreNorm):
     """y = x + attention(x), normalised inside its heads (head_norm qkv); then z + mlp(z) of z = gain * norm(y).
 
     The residual carries z, not y. Source: arXiv 2503.04598, github.com/BryceZhuo/HybridNorm.
     """
     def __init__(self, dim, layer):
-        super().__init__()
+        super().__init__(dim, layer)
         self.gain = nn.Parameter(torch.ones(dim))
 
     def mixer(self, x):

@@ -22,7 +22,8 @@ SMALL = {"afno": dict(afno_num_blocks=2, afno_group_size=4)}             # what 
 CASES = {row: dict(mixer=row) for row in MIXERS} | {        # a new row joins by itself; these are further settings
     "attn/gqa": dict(mixer="attn", n_kv_head=2), "attn/conv": dict(mixer="attn", short_conv=True),
     "afno/fft": dict(mixer="afno", afno_backend="fft"), "afno/toeplitz": dict(mixer="afno", afno_backend="toeplitz"),
-    "afno/cut": dict(mixer="afno", afno_hard_thresholding_fraction=0.4)}
+    "afno/cut": dict(mixer="afno", afno_hard_thresholding_fraction=0.4), "diff/gqa": dict(mixer="diff", n_kv_head=2),
+    "fftnet/bank": dict(mixer="fftnet", fftnet_filter="bank")}
 GPTS = {
     "gpt": dict(mixer="afno,attn", n_layer=5),
     "gpt/switches": dict(mixer="afno,attn", n_layer=4, value_residual=True, x0_shortcut=True, unet_skips=True,
@@ -30,8 +31,9 @@ GPTS = {
     "gpt/parts": dict(mixer="gdn,fan", n_layer=3, linear="cola", norm="hybrid_star", head_norm="qkv", residual="gated",
                       mlp="swiglu")}
 # Bit for bit: GEMMs meet the future as exact zeros, an FFT meets it as rounding.
-EXACT = ("attn", "attn/gqa", "attn/conv", "afno/toeplitz", "fan", "fan_tall", "gdn")
-LEARNERS = (*MIXERS, "afno/fft", "gpt/switches")            # about 4 s each
+EXACT = ("attn", "attn/gqa", "attn/conv", "afno/toeplitz", "fan", "fan_tall", "gdn", "diff", "diff/gqa", "diff_v2",
+         "ngpt", "fftnet", "fftnet/bank")
+LEARNERS = (*MIXERS, "afno/fft", "fftnet/bank", "gpt/switches")      # about 4 s each
 
 
 def config(case, **sizes):

@@ -36,12 +36,15 @@ from blocks import (GPAS, Add, GatedResidual, HybridNorm, LayerNormScaling, Lear
                     SinusoidalPositions, hybrid_star, norm)
 from data.shards import open_shards
 from deltanet import GatedDeltaNet
+from diff import DiffAttention, DiffAttentionV2
 from fan import FAN, FANMLP, TallFAN
+from fftnet import FFTNet
 from linear import CoLA, Linear, keep_all, recompute_block, recompute_high_rank
 from log import Log, save
 from loss import linear_cross_entropy, softcap
 from machine import Clock, device_name, device_peak_flops, duration, flops_per_token, peak_memory, pick_device, report
 from mlp import GELU, GatedPolyNorm, PolyNormMLP, ReLU2, SwiGLU
+from ngpt import NGPTMLP, LogitScale, NGPTAttention, SphereNorm, SphereResidual
 from optimizers import build_adamw, build_ademamix, build_muon, build_soap, clip_gradients, cosine, trapezoid
 
 ROOT = Path(__file__).resolve().parent
@@ -84,6 +87,7 @@ class Config:
     x0_shortcut: bool = False                               # learned share of the embedding in every block: -0.009
     unet_skips: bool = False                                # layer i feeds layer L - 1 - i: 7% fewer tokens
     branch_scale: bool = False                              # mixer branch times 1 / sqrt(2 L); the public baseline's
+    logit_scale: bool = False                               # nGPT's s_z: a learned factor a vocabulary entry
     dropout: float = 0.0                                    # on both branches of a block, in training only
     gpas_clip: float = 0.01                                 # norm to which GPAS's gate gradients are clipped, apart
     cola_rank: int = 0                                      # of CoLA's projections; 0: a quarter of the smaller side
@@ -109,6 +113,9 @@ class Config:
     gdn_expand_v: float = 1.0                               # width of a value / width of a key
     gdn_chunk: int = 32                                     # tokens that are worked on as one matrix product
     gdn_neg_eigval: bool = False                            # beta up to 2: the state may be reflected
+    # FFTNet
+    fftnet_filter: str = "running"                          # running | bank
+    fftnet_modes: int = 0                                   # modes a head; 0: half its channels, or 4 for bank
     # optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes share them.
     optim: str = "muon"                                     # row of OPTIMS
     batch_size: int = 8                                     # sequences in a micro-batch
@@ -154,9 +161,12 @@ class Config:
             for row in named:
                 if row not in rows:
                     raise ValueError(f"--{axis} {row}: no such row; choose from {', '.join(rows)}")
+                for name, (values, why) in getattr(rows[row][0], "needs", {}).items():
+                    if getattr(self, name) not in values:
+                        raise ValueError(f"--{axis} {row} with --{name} {getattr(self, name)}: {why}")
             known |= {knob for _, knobs in rows.values() for knob in knobs}
             used |= {knob for row in named for knob in rows[row][1]}
-        for knob in sorted(known - used - {"n_head", "rope"}):
+        for knob in sorted(known - used - {"n_head", "rope", "layer"}):
             if getattr(self, knob) != Config.__dataclass_fields__[knob].default:
                 raise ValueError(f"--{knob} has no effect here, nothing in use reads it: drop it")
         for why, setting in CLASHES.items():
@@ -241,7 +251,7 @@ class Block(nn.Module):
     """x + mixer(norm x), then x + mlp(norm x), in the ways that NORMS and RESIDUALS offer. Parts are pure maps."""
     def __init__(self, cfg, layer):
         super().__init__()
-        self.mixer = build("mixer", cfg.mixers[layer], cfg, cfg.n_embd, cfg.sequence_length)
+        self.mixer = build("mixer", cfg.mixers[layer], cfg, cfg.n_embd, cfg.sequence_length, layer=layer)
         self.mlp = build("mlp", cfg.mlp, cfg, cfg.n_embd)
         self.norm, self.residual = build("norm", cfg.norm, cfg, cfg.n_embd, layer), build(
             "residual", cfg.residual, cfg, cfg.n_embd)
@@ -278,6 +288,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(C, rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.wte.weight
+        self.head_scale = LogitScale(rows, C) if cfg.logit_scale else nn.Identity()
         self.v_lambda = nn.Parameter(torch.ones(L)) if cfg.value_residual and L > 1 else None  # arXiv 2410.17897
         self.x0_lambda = nn.Parameter(torch.tensor([[1.0, 0.0]] * L)) if cfg.x0_shortcut else None
         self.skip_lambda = nn.Parameter(torch.ones(L // 2)) if cfg.unet_skips and L > 1 else None
@@ -303,14 +314,15 @@ class GPT(nn.Module):
         return norm(x)
 
     def logits(self, h):
-        return softcap(self.head(h).float(), self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
+        z = nn.functional.linear(h, self.head_scale(self.head.weight)).float()
+        return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
     def forward(self, idx, targets=None):
         h = self.trunk(idx, lambda i, x, v1: self.run(self.blocks[i], x, v1))
         if targets is None:
             return self.logits(h)
-        return linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), self.cfg.logit_softcap,
-                                    self.cfg.vocab_size)
+        return linear_cross_entropy(h.flatten(0, 1), self.head_scale(self.head.weight), targets.flatten(),
+                                    self.cfg.logit_softcap, self.cfg.vocab_size)
 
     def init_state(self, B):
         return [block.mixer.init_state(B) for block in self.blocks], 0
@@ -358,6 +370,7 @@ def init_weights(model):
             uniform(p) if cfg.tie_embeddings else nn.init.normal_(p)
         elif role == "head" or role == "proj":
             nn.init.zeros_(p) if cfg.zero_init else uniform(p)
+    model.blocks[0].norm.constrain(roles(model))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,24 +401,28 @@ def schedule(optimizers, step, cfg):
 # The axes: {row: (class or function, the Config fields it reads)}. A field that no row in use reads must not be set.
 # A knob that is itself an axis (linear, head_norm) arrives as a factory of the row that was chosen.
 
-ATTENTION = ("n_head", "n_kv_head", "rope", "head_norm", "short_conv", "linear")
+ATTENTION = ("head_norm", "n_head", "n_kv_head", "rope", "short_conv", "linear")
 FOURIER = ("fan_ratio", "fan_trig")
 MIXERS = {
     "attn": (CausalSelfAttention, ATTENTION),
     "afno": (AFNO, ("afno_num_blocks", "afno_sparsity_threshold", "afno_hard_thresholding_fraction",
                     "afno_hidden_size_factor", "afno_poles", "afno_group_size", "afno_backend", "linear")),
     "fan": (FAN, ATTENTION + FOURIER), "fan_tall": (TallFAN, ATTENTION + FOURIER),
+    "diff": (DiffAttention, (*ATTENTION, "layer")), "diff_v2": (DiffAttentionV2, ATTENTION),
+    "ngpt": (NGPTAttention, ATTENTION[1:]),                 # its head norm is its own
+    "fftnet": (FFTNet, ("n_head", "fftnet_filter", "fftnet_modes", "linear")),
     "gdn": (GatedDeltaNet, ("n_head", "gdn_k_heads", "gdn_head_dim", "gdn_expand_v", "gdn_chunk", "gdn_neg_eigval",
                             "linear")),
 }
 HEAD_NORMS = {"none": (NoHeadNorm, ()), "qk": (QKNorm, ()), "qkv": (QKVNorm, ())}
 LINEARS = {"dense": (Linear, ()), "cola": (CoLA, ("cola_rank",))}
-MLPS = {"gelu": (GELU, ("mlp_ratio", "linear")), "relu2": (ReLU2, ("mlp_ratio", "linear")),
-        "swiglu": (SwiGLU, ("mlp_ratio", "linear")), "polynorm": (PolyNormMLP, ("mlp_ratio", "linear")),
-        "polynorm_gated": (GatedPolyNorm, ("mlp_ratio", "linear")), "fan": (FANMLP, ("mlp_ratio", "linear", *FOURIER))}
+HIDDEN = ("mlp_ratio", "linear")
+MLPS = {"gelu": (GELU, HIDDEN), "relu2": (ReLU2, HIDDEN), "swiglu": (SwiGLU, HIDDEN), "polynorm": (PolyNormMLP, HIDDEN),
+        "polynorm_gated": (GatedPolyNorm, HIDDEN), "ngpt": (NGPTMLP, HIDDEN), "fan": (FANMLP, HIDDEN + FOURIER)}
 NORMS = {"pre": (PreNorm, ()), "lns": (LayerNormScaling, ()), "hybrid": (HybridNorm, ()),
-         "hybrid_star": (hybrid_star, ())}
-RESIDUALS = {"add": (Add, ()), "gated": (GatedResidual, ()), "gpas": (GPAS, ("gpas_clip",))}
+         "hybrid_star": (hybrid_star, ()), "ngpt": (SphereNorm, ())}
+RESIDUALS = {"add": (Add, ()), "gated": (GatedResidual, ()), "gpas": (GPAS, ("gpas_clip",)),
+             "ngpt": (SphereResidual, ())}
 POSITIONS = {"rope": (NoPositions, ()), "none": (NoPositions, ()), "learned": (LearnedPositions, ()),
              "sinusoidal": (SinusoidalPositions, ())}
 RECOMPUTE = {"none": (keep_all, ()), "block": (recompute_block, ()), "cola": (recompute_high_rank, ())}
@@ -418,10 +435,11 @@ AXES = {"mixer": MIXERS, "mlp": MLPS, "norm": NORMS, "residual": RESIDUALS, "lin
         "pos": POSITIONS, "recompute": RECOMPUTE, "optim": OPTIMS, "schedule": SCHEDULES}
 
 
-def build(axis, row, cfg, *sizes, **more):
-    """The module a row names, with its knobs taken from cfg; a knob's own name is the field's without the row's."""
+def build(axis, row, cfg, *sizes, layer=0, **more):
+    """The module a row names, knobs from cfg, each under its field's name without the row's; `layer` is the block's."""
     cls, knobs = AXES[axis][row]
-    values = [partial(build, knob, getattr(cfg, knob), cfg) if knob in AXES else getattr(cfg, knob) for knob in knobs]
+    values = [partial(build, knob, getattr(cfg, knob), cfg) if knob in AXES else
+              layer if knob == "layer" else getattr(cfg, knob) for knob in knobs]
     names = [knob.removeprefix(row.split("_")[0] + "_") for knob in knobs]
     return cls(*sizes, **dict(zip(names, values)), **more)
 
@@ -586,6 +604,7 @@ def main(cfg):
         clip_gradients(table, cfg)
         for opt in optimizers:
             opt.step()
+        model.blocks[0].norm.constrain(table)
         model.zero_grad(set_to_none=True)
 
         line = (step + 1) % cfg.train_loss_every == 0

@@ -89,8 +89,8 @@ def test_loss_falls(shards, tmp_path, row):
 def test_log_is_complete(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
     text = (folder / "log.txt").read_text()
-    for name in (*(f"{part}.py" for part in "train_gpt2 attention afno fan deltanet blocks mlp conv linear loss muon "
-                   "optimizers log machine".split()), "data/shards.py"):
+    for name in (*(f"{part}.py" for part in "train_gpt2 attention afno fan deltanet diff fftnet ngpt blocks mlp conv "
+                   "linear loss muon optimizers log machine".split()), "data/shards.py"):
         assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in text, name
     config, env = (json.loads(re.search(rf"\n=== {part}\n(.*)\n", text)[1]) for part in ("config", "env"))
     assert Config(**config) == Config(**TINY | shards | knobs_of("afno"), output_dir=str(tmp_path), vocab_size=24,
