@@ -103,13 +103,13 @@ class GPAS(nn.Module):
         return h - F.silu(self.a).type_as(h) * h.detach()
 
 
-# Positions, added to the embedding, (B, T, C) -> (B, T, C). Rotary ones act on heads: see attention.py.
+# Positions, added to the embedding, (B, T, C) -> (B, T, C), `at` a slice or (B, T). Rotary ones: see attention.py.
 
 class NoPositions(nn.Module):
     def __init__(self, dim, seq_len):
         super().__init__()
 
-    def forward(self, x, start=0):
+    def forward(self, x, at):
         return x
 
 
@@ -120,8 +120,8 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(seq_len, dim))
 
-    def forward(self, x, start=0):
-        return x + self.weight[start:start + x.size(1)]
+    def forward(self, x, at):
+        return x + self.weight[at]
 
 
 class SinusoidalPositions(nn.Module):
@@ -131,5 +131,5 @@ class SinusoidalPositions(nn.Module):
         angle = torch.arange(seq_len)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
         self.register_buffer("table", torch.cat((angle.sin(), angle.cos()), dim=1)[:, :dim], persistent=False)
 
-    def forward(self, x, start=0):
-        return x + self.table[start:start + x.size(1)]
+    def forward(self, x, at):
+        return x + self.table[at]

@@ -35,8 +35,8 @@ class DiffAttention(CausalSelfAttention):
         self.gain = nn.Parameter(torch.ones(2 * self.head_dim))
 
     def flops(self, T):
-        """As attention, with the scores twice."""
-        return 4 * T * self.n_head * self.head_dim
+        """Twice attention's: the scores are computed once for either half of the values."""
+        return 2 * super().flops(T)
 
     def lam(self):
         """lambda, a scalar, one for all heads; from parameters in fp32, which autocast leaves alone."""
@@ -45,15 +45,13 @@ class DiffAttention(CausalSelfAttention):
     def normalised(self, a):                                # (B, H / 2, T, 2 D) -> same; eps is the official one
         return (1 - self.lambda_init) * F.rms_norm(a, a.shape[-1:], self.gain.type_as(a), eps=1e-5)
 
-    def attend(self, x, q, k, v, causal):
+    def attend(self, x, q, k, v, kernel):
         """-> (B, H / 2, T, 2 D), by four calls: either map on either half of the values.
 
         Two calls on values of width 2 D would have a quarter less arithmetic, but no flash kernel takes widths that
         differ: on a CPU (always) and on CUDA (with grouped keys) torch would store the scores instead.
         """
-        attend = super().attend
-        a1, a2 = (torch.cat([attend(x, q[:, i::2], k[:, i::2], v[:, j::2], causal) for j in (0, 1)], dim=-1)
-                  for i in (0, 1))
+        a1, a2 = (torch.cat([kernel(q[:, i::2], k[:, i::2], v[:, j::2]) for j in (0, 1)], dim=-1) for i in (0, 1))
         return self.normalised(a1 - self.lam().type_as(a2) * a2)
 
 
@@ -72,8 +70,8 @@ class DiffAttentionV2(CausalSelfAttention):
         """Twice attention's."""
         return 2 * super().flops(T)
 
-    def attend(self, x, q, k, v, causal):
-        a = super().attend(x, q, k, v, causal)
+    def attend(self, x, q, k, v, kernel):
+        a = kernel(q, k, v)
         lam = torch.sigmoid(self.lambda_proj(x)).transpose(1, 2)[..., None]              # (B, H, T, 1)
         return a[:, 0::2] - lam.type_as(a) * a[:, 1::2]
 

@@ -40,8 +40,8 @@ def matmul_flops(n=1024, tries=5):
     return best
 
 
-def report(cfg, model, roles, device):
-    """The text of --estimate; the model may live on the meta device, nothing is allocated."""
+def report(cfg, model, roles, device, data=None):
+    """The text of --estimate; the model may live on the meta device, nothing is allocated. data: as in BATCHES."""
     count = {role: sum(p.numel() for p in roles if roles[p] == role) for role in sorted(set(roles.values()))}
     params, tokens, flops = sum(count.values()), cfg.tokens_per_step * cfg.num_iterations, flops_per_token(
         roles, model.blocks, cfg.sequence_length)
@@ -59,6 +59,7 @@ def report(cfg, model, roles, device):
         ("tokens a step", f"{cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
                           f"{cfg.grad_accumulation_steps}"),
         ("tokens", f"{tokens:,} in {cfg.num_iterations:,} steps"),
+        *([("data", f"{data}: {tokens / data.targets(len(data)):.2f} epochs")] if data else []),
         ("FLOPs a token", f"{flops:,} (training: forward and backward)"),
         ("memory", f"about {(state + activations + logits) / 2**20:,.0f} MiB (state {state / 2**20:,.0f}, activations "
                    f"{activations / 2**20:,.0f}, logits {logits / 2**20:,.0f})"),

@@ -3,10 +3,10 @@
     h <- unit(h + |alpha| (unit(f(h)) - h))       f attention, then MLP; alpha a learned vector a branch, from 0.05
     attention: scores sqrt(D) (s q) . (s k)       of unit q and k, behind the rotary positions; s a head and channel
     MLP:       proj(u * silu(v)),                 u = s_u sqrt(C) W_u h, v = s_v sqrt(C) W_v h
-    logits:    s_z W h                            --logit_scale, with s_z a vocabulary entry
+    logits:    s_z W h                            --logit_gain, with s_z a vocabulary entry
 
 After initialisation and every step each matrix is normalised along its C axis. The recipe: --mixer ngpt --mlp ngpt
---norm ngpt --residual ngpt --logit_scale --optim adamw --weight_decay 0 --warmup_iters 0 --schedule cosine
+--norm ngpt --residual ngpt --logit_gain --optim adamw --weight_decay 0 --warmup_iters 0 --schedule cosine
 --logit_softcap 0 --no-zero_init --no-embed_norm. Each part is a row that works with others: any mixer and any MLP may
 run inside (off the paper, as Muon is). Source: github.com/NVIDIA/ngpt; its rotary positions are not followed, they do
 not rotate.
@@ -41,7 +41,7 @@ class Scale(nn.Module):
         return self.ratio * self.p
 
 
-class LogitScale(Scale):
+class LogitGain(Scale):
     """A learned factor a row of the head, (V, C) -> same, which scales the logits of h.
 
     The paper's sqrt(C) between the scale and what is stored is the length of h behind the model's last RMSNorm, whose
@@ -121,8 +121,8 @@ class NGPTAttention(CausalSelfAttention):
         super().__init__(dim, seq_len, head_norm=NoHeadNorm, **attention)
         self.s_qk = Scale(dim, scale=dim ** -0.5)
 
-    def heads(self, z, v1, start=0):
-        q, k, v = super().heads(z, v1, start)
+    def heads(self, z, v1, at):
+        q, k, v = super().heads(z, v1, at)
         s = self.s_qk().square().view(-1, 1, self.head_dim)
         return (self.head_dim * s * unit(q)).type_as(v), unit(k).type_as(v), v
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+from tests.published import PUBLISHED, ZeroPaddedAFNO
 from train_gpt2 import GPT, MIXERS, Config, build
 
 T, C, V = 151, 32, 16                                       # longer than a block of 128, and a multiple of nothing
@@ -21,6 +21,7 @@ torch.set_num_threads(1)                                    # a second thread co
 SMALL = {"afno": dict(afno_num_blocks=2, afno_group_size=4)}             # what a row needs at this size
 CASES = {row: dict(mixer=row) for row in MIXERS} | {        # a new row joins by itself; these are further settings
     "attn/gqa": dict(mixer="attn", n_kv_head=2), "attn/conv": dict(mixer="attn", short_conv=True),
+    "attn/window": dict(mixer="attn", window=100),
     "afno/fft": dict(mixer="afno", afno_backend="fft"), "afno/toeplitz": dict(mixer="afno", afno_backend="toeplitz"),
     "afno/cut": dict(mixer="afno", afno_hard_thresholding_fraction=0.4), "diff/gqa": dict(mixer="diff", n_kv_head=2),
     "fftnet/bank": dict(mixer="fftnet", fftnet_filter="bank")}
@@ -31,8 +32,8 @@ GPTS = {
     "gpt/parts": dict(mixer="gdn,fan", n_layer=3, linear="cola", norm="hybrid_star", head_norm="qkv", residual="gated",
                       mlp="swiglu")}
 # Bit for bit: GEMMs meet the future as exact zeros, an FFT meets it as rounding.
-EXACT = ("attn", "attn/gqa", "attn/conv", "afno/toeplitz", "fan", "fan_tall", "gdn", "diff", "diff/gqa", "diff_v2",
-         "ngpt", "fftnet", "fftnet/bank")
+EXACT = ("attn", "attn/gqa", "attn/conv", "attn/window", "afno/toeplitz", "fan", "fan_tall", "gdn", "diff", "diff/gqa",
+         "diff_v2", "ngpt", "fftnet", "fftnet/bank")
 LEARNERS = (*MIXERS, "afno/fft", "fftnet/bank", "gpt/switches")      # about 4 s each
 
 
@@ -175,32 +176,14 @@ def test_eval_mode(case):
     assert torch.equal(m.train()(x), m.eval()(x)) and prefix(m)[0] < prefix(m)[1]
 
 
-# Planted leaks: a test that has never failed proves little.
-
-class ZeroPaddedAFNO(nn.Module):
-    """The published operator. It thresholds the data's own spectrum: padding to 2T does not make that causal."""
-    def __init__(self, blocks=4):
-        super().__init__()
-        self.w1, self.w2 = (nn.Parameter(torch.randn(blocks, C // blocks, C // blocks, 2) / 4) for _ in range(2))
-        self.proj = nn.Linear(C, C, bias=False)
-        nn.init.zeros_(self.proj.weight)
-
-    def forward(self, x, v1=None):
-        n = 2 * x.size(1)
-        z = torch.fft.rfft(x, n=n, dim=1, norm="ortho").unflatten(2, (len(self.w1), -1))
-        z = torch.einsum("btni,nio->btno", z, torch.view_as_complex(self.w1))
-        z = torch.einsum("btni,nio->btno", torch.complex(z.real.relu(), z.imag.relu()), torch.view_as_complex(self.w2))
-        z = torch.complex(F.softshrink(z.real, 0.01), F.softshrink(z.imag, 0.01)).flatten(2)
-        return self.proj(torch.fft.irfft(z, n=n, dim=1, norm="ortho")[:, :x.size(1)])
-
+# Planted leaks: a test that has never failed proves little. The published ones are in tests/published.py.
 
 def band(x, first, last):                                   # sum over lags first..last
     ones = torch.ones(x.size(1), x.size(1), dtype=x.dtype)
     return (ones.tril(-first) - ones.tril(-last - 1)) @ x
 
 
-FAULTS = {                                                  # name: (a map, the checks that must catch it)
-    "zero-padded AFNO": (awake(ZeroPaddedAFNO()).double(), (prefix, jacobian)),
+FAULTS = {name: (awake(cls()).double(), (prefix, jacobian)) for name, cls in PUBLISHED.items()} | {
     "FFT over the sequence": (lambda x: torch.fft.fft(x, dim=1).real, (prefix, jacobian)),
     "mask off by one": (lambda x: band(x, -1, T), (prefix, jacobian)),
     "kernel on a grid of T": (lambda x: band(x, 0, T) * torch.linspace(1, 2, x.size(1))[:, None], (prefix,)),
@@ -223,8 +206,9 @@ def test_hidden_leak_is_caught_only_awake():
     assert prefix(m)[0] == 0 and prefix(awake(m))[0] > 0.1
 
 
-def test_learning_finds_the_leak():
-    assert learn("attn", ZeroPaddedAFNO)[0] > 100
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_learning_finds_the_leak(name):
+    assert learn("attn", PUBLISHED[name])[0] > 10
 
 
 def line(name, results):
@@ -241,7 +225,7 @@ def main():
     failed = [line(case, [measure(check, case) for check in CHECKS]) for case in CASES | GPTS]
     print("\nplanted faults, each to be caught")
     caught = [line(name, [check(m) for check in MAP_CHECKS.values()]) for name, (m, _) in FAULTS.items()]
-    caught += [line("zero-padded AFNO", [None] * 7 + [learn("attn", ZeroPaddedAFNO)])]
+    caught += [line(name, [None] * 7 + [learn("attn", cls)]) for name, cls in PUBLISHED.items()]
     return any(failed) or not all(caught)
 
 

@@ -17,14 +17,11 @@ import math
 import os
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch._functorch.config
 import torch.distributed as dist
@@ -32,6 +29,7 @@ import torch.nn as nn
 
 from afno import AFNO
 from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
+from batches import Packed, Padded, Windows, document_token
 from blocks import (GPAS, Add, GatedResidual, HybridNorm, LayerNormScaling, LearnedPositions, NoPositions, PreNorm,
                     SinusoidalPositions, hybrid_star, norm)
 from data.shards import open_shards
@@ -44,7 +42,7 @@ from log import Log, save
 from loss import linear_cross_entropy, softcap
 from machine import Clock, device_name, device_peak_flops, duration, flops_per_token, peak_memory, pick_device, report
 from mlp import GELU, GatedPolyNorm, PolyNormMLP, ReLU2, SwiGLU
-from ngpt import NGPTMLP, LogitScale, NGPTAttention, SphereNorm, SphereResidual
+from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from optimizers import build_adamw, build_ademamix, build_muon, build_soap, clip_gradients, cosine, trapezoid
 
 ROOT = Path(__file__).resolve().parent
@@ -64,6 +62,8 @@ class Config:
     output_dir: str = "logs"                                # one folder a run appears below it
     sequence_length: int = 256                              # T, tokens
     shuffle: bool = True                                    # windows in random order; off for pre-shuffled FineWeb
+    batches: str = "windows"                                # row of BATCHES: what becomes of documents
+    document_token: int = -1                                # starts a document; -1: the vocabulary's (GPT-2's 50256)
     # model
     model: str = "tiny"                                     # sizes by name (MODELS); the next three override it
     n_layer: int = 0
@@ -87,7 +87,8 @@ class Config:
     x0_shortcut: bool = False                               # learned share of the embedding in every block: -0.009
     unet_skips: bool = False                                # layer i feeds layer L - 1 - i: 7% fewer tokens
     branch_scale: bool = False                              # mixer branch times 1 / sqrt(2 L); the public baseline's
-    logit_scale: bool = False                               # nGPT's s_z: a learned factor a vocabulary entry
+    logit_scale: float = 1.0                                # constant factor on the logits
+    logit_gain: bool = False                                # nGPT's s_z: a learned factor a vocabulary entry
     dropout: float = 0.0                                    # on both branches of a block, in training only
     gpas_clip: float = 0.01                                 # norm to which GPAS's gate gradients are clipped, apart
     cola_rank: int = 0                                      # of CoLA's projections; 0: a quarter of the smaller side
@@ -95,6 +96,7 @@ class Config:
     # attention
     n_kv_head: int = 0                                      # grouped-query attention: key/value heads; 0 is n_head
     head_norm: str = "qk"                                   # row of HEAD_NORMS: RMSNorm inside the heads
+    window: int = 0                                         # tokens a token sees, itself counted; 0: all before it
     short_conv: bool = False                                # AFNO's short convolution on q, k, v, as a fair control
     # AFNO
     afno_num_blocks: int = 0                                # blocks of the spectral MLP; 0: 8 if they fit
@@ -214,7 +216,7 @@ CLASHES = {                                                 # {why: settings tha
     "there are no low-rank products to keep: add --linear cola": dict(linear=("dense",), recompute=("cola",)),
     "HybridNorm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star"), residual=("gpas",)),
 }
-LEAST = {"warmup_iters": -1, "warmdown_iters": -1} | dict.fromkeys((      # smallest value a number may have; else 0
+LEAST = dict.fromkeys(("warmup_iters", "warmdown_iters", "document_token"), -1) | dict.fromkeys((
     "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
     "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25,
                                                "ademamix_beta3": 1e-6, "soap_frequency": 1, "gdn_chunk": 1}
@@ -263,18 +265,18 @@ class Block(nn.Module):
         x, h = self.norm.mlp(self.residual(x, self.dropout(self.scale * y), 0))
         return self.residual(x, self.dropout(self.mlp(h)), 1), state
 
-    def forward(self, x, v1=None):
-        return self.around(x, lambda h: (self.mixer(h, v1), None))[0]
+    def forward(self, x, v1=None, *docs):                   # docs: where each token's document starts, if masked
+        return self.around(x, lambda h: (self.mixer(h, v1, *docs), None))[0]
 
-    def step(self, x, state, v1=None):
-        return self.around(x, lambda h: self.mixer.step(h, state, v1))
+    def step(self, x, state, v1=None, *docs):
+        return self.around(x, lambda h: self.mixer.step(h, state, v1, *docs))
 
     def value(self, x):
         return self.mixer.value(self.norm.mixer(x)[1])
 
 
 class GPT(nn.Module):
-    """idx (B, T) int64 -> logits (B, T, V); with targets (B, T) -> mean cross-entropy, nats per token."""
+    """idx (B, T) int64 -> logits (B, T, V); with targets (B, T), of which -1 is none -> mean cross-entropy, nats."""
     def __init__(self, cfg):
         super().__init__()
         if not cfg.vocab_size:
@@ -288,18 +290,25 @@ class GPT(nn.Module):
         self.head = nn.Linear(C, rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.wte.weight
-        self.head_scale = LogitScale(rows, C) if cfg.logit_scale else nn.Identity()
+        self.head_gain = LogitGain(rows, C) if cfg.logit_gain else nn.Identity()
         self.v_lambda = nn.Parameter(torch.ones(L)) if cfg.value_residual and L > 1 else None  # arXiv 2410.17897
         self.x0_lambda = nn.Parameter(torch.tensor([[1.0, 0.0]] * L)) if cfg.x0_shortcut else None
         self.skip_lambda = nn.Parameter(torch.ones(L // 2)) if cfg.unet_skips and L > 1 else None
         widths = {block.mixer.v.out_features if hasattr(block.mixer, "v") else 0 for block in self.blocks}
         if cfg.value_residual and (0 in widths or len(widths) > 1):
             raise ValueError("--value_residual needs values of one width in all layers: leave out --n_kv_head")
+        self.apart = BATCHES[cfg.batches][0].apart
+        if self.apart and cfg.document_token < 0:
+            raise ValueError("GPT needs a document_token to keep documents apart; main() takes the vocabulary's")
+        for name, block in zip(cfg.mixers, self.blocks):
+            if self.apart and not getattr(block.mixer, "keeps_documents_apart", False):
+                raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep documents apart, attention "
+                                 "without --short_conv can: change --mixer, or take --batches padded")
         init_weights(self)
 
-    def trunk(self, idx, run, start=0):
+    def trunk(self, idx, at, run):
         """(B, T) -> (B, T, C), embedding to final norm; run(i, x, v1) applies block i, to a sequence or to one step."""
-        x = self.positions(self.wte(idx), start)
+        x = self.positions(self.wte(idx), at)
         x = x0 = norm(x) if self.cfg.embed_norm else x
         v1 = self.blocks[0].value(x) if self.v_lambda is not None else None
         L, skips = len(self.blocks), []
@@ -311,31 +320,38 @@ class GPT(nn.Module):
             x = run(i, x, None if v1 is None or i == 0 else self.v_lambda[i] * v1)
             if self.skip_lambda is not None and i < L // 2:
                 skips.append(x)
-        return norm(x)
+        return self.cfg.logit_scale * norm(x)
 
     def logits(self, h):
-        z = nn.functional.linear(h, self.head_scale(self.head.weight)).float()
+        z = nn.functional.linear(h, self.head_gain(self.head.weight))
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
     def forward(self, idx, targets=None):
-        h = self.trunk(idx, lambda i, x, v1: self.run(self.blocks[i], x, v1))
+        at, docs = slice(idx.size(1)), ()
+        if self.apart:
+            t = torch.arange(idx.size(1), device=idx.device)
+            docs = torch.where(idx == self.cfg.document_token, t, 0).cummax(1).values,
+            at = t - docs[0]
+        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, *docs))
         if targets is None:
             return self.logits(h)
-        return linear_cross_entropy(h.flatten(0, 1), self.head_scale(self.head.weight), targets.flatten(),
+        return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight), targets.flatten(),
                                     self.cfg.logit_softcap, self.cfg.vocab_size)
 
     def init_state(self, B):
-        return [block.mixer.init_state(B) for block in self.blocks], 0
+        return [block.mixer.init_state(B) for block in self.blocks], 0, self.wte.weight.new_zeros(B, dtype=torch.long)
 
     def step(self, idx, state):
         """One token, idx (B,) -> logits (B, V): the same numbers as forward's column t, at the cost of one column."""
-        states, t = state
-        states = list(states)
+        states, t, begin = state
+        begin = torch.where(idx == self.cfg.document_token, t, begin) if self.apart else begin
+        states, docs = list(states), (begin,) if self.apart else ()
 
         def run(i, x, v1):
-            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1 if v1 is None else v1[:, 0])
+            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1 if v1 is None else v1[:, 0], *docs)
             return x[:, None]
-        return self.logits(self.trunk(idx[:, None], run, t))[:, 0], (states, t + 1)
+        return self.logits(self.trunk(idx[:, None], t - begin[:, None], run))[:, 0], (states, t + 1, begin)
 
 
 def roles(model):
@@ -401,7 +417,7 @@ def schedule(optimizers, step, cfg):
 # The axes: {row: (class or function, the Config fields it reads)}. A field that no row in use reads must not be set.
 # A knob that is itself an axis (linear, head_norm) arrives as a factory of the row that was chosen.
 
-ATTENTION = ("head_norm", "n_head", "n_kv_head", "rope", "short_conv", "linear")
+ATTENTION = ("head_norm", "n_head", "n_kv_head", "rope", "short_conv", "window", "linear")
 FOURIER = ("fan_ratio", "fan_trig")
 MIXERS = {
     "attn": (CausalSelfAttention, ATTENTION),
@@ -425,6 +441,7 @@ RESIDUALS = {"add": (Add, ()), "gated": (GatedResidual, ()), "gpas": (GPAS, ("gp
              "ngpt": (SphereResidual, ())}
 POSITIONS = {"rope": (NoPositions, ()), "none": (NoPositions, ()), "learned": (LearnedPositions, ()),
              "sinusoidal": (SinusoidalPositions, ())}
+BATCHES = {"windows": (Windows, ()), "packed": (Packed, ("document_token",)), "padded": (Padded, ("document_token",))}
 RECOMPUTE = {"none": (keep_all, ()), "block": (recompute_block, ()), "cola": (recompute_high_rank, ())}
 SCHEDULES = {"trapezoid": (trapezoid, ("warmdown_iters",)), "cosine": (cosine, ())}
 OPTIMS = {"adamw": (build_adamw, ()),
@@ -432,7 +449,8 @@ OPTIMS = {"adamw": (build_adamw, ()),
           "ademamix": (build_ademamix, ("ademamix_alpha", "ademamix_beta3", "ademamix_warmup")),
           "soap": (build_soap, ("soap_beta", "soap_frequency"))}
 AXES = {"mixer": MIXERS, "mlp": MLPS, "norm": NORMS, "residual": RESIDUALS, "linear": LINEARS, "head_norm": HEAD_NORMS,
-        "pos": POSITIONS, "recompute": RECOMPUTE, "optim": OPTIMS, "schedule": SCHEDULES}
+        "pos": POSITIONS, "recompute": RECOMPUTE, "batches": BATCHES, "optim": OPTIMS,
+        "schedule": SCHEDULES}
 
 
 def build(axis, row, cfg, *sizes, layer=0, **more):
@@ -445,60 +463,6 @@ def build(axis, row, cfg, *sizes, layer=0, **more):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data
-
-class Windows:
-    """The training windows, and one process's share of them. `batch(step)` is a pure function of the step, so processes
-    never overlap, never skip, and a run can be continued anywhere.
-
-    An epoch visits each window of T + 1 tokens once: in file order, or shuffled, then also cut at a random offset.
-    """
-    def __init__(self, shards, cfg, rank=0, world=1):
-        self.cfg, self.shards, self.rank = cfg, list(shards.values()), rank
-        T, total = cfg.sequence_length, cfg.batch_size * cfg.grad_accumulation_steps  # sequences a step, all processes
-        self.rows, self.micro_batch = total // world, min(cfg.batch_size, total // world)
-        if total % world or self.rows % self.micro_batch:
-            raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {cfg.batch_size} sequences cannot be shared "
-                             f"evenly by {world} processes: change --grad_accumulation_steps")
-        counts = [max(0, (len(s) - 1 - (T - 1) * cfg.shuffle) // T) for s in self.shards]
-        if not sum(counts):
-            raise SystemExit(f"{next(iter(shards))}: shorter than a sequence of {T:,} tokens: lower --sequence_length")
-        self.world, self.ends = world, np.cumsum(counts)
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def read(self, windows, offset=0):                      # window numbers (rows,) -> (rows, T + 1) int64
-        T, rows = self.cfg.sequence_length, []
-        for w in windows:
-            s = int(np.searchsorted(self.ends, w, side="right"))
-            start = offset + T * int(w - (self.ends[s - 1] if s else 0))
-            rows.append(self.shards[s][start:start + T + 1])
-        return np.stack(rows).astype(np.int64)
-
-    def batch(self, step):
-        n, parts = len(self), []
-        numbers = (step * self.world + self.rank) * self.rows + np.arange(self.rows)
-        for epoch in np.unique(numbers // n):
-            windows, offset = numbers[numbers // n == epoch] % n, 0
-            if self.cfg.shuffle:
-                rng = np.random.default_rng((self.cfg.seed, epoch))
-                windows, offset = rng.permutation(n)[windows], int(rng.integers(self.cfg.sequence_length))
-            parts.append(self.read(windows, offset))
-        return torch.from_numpy(np.concatenate(parts))
-
-    def stream(self, device, start=0):
-        """Steps, forever: [(inputs, targets) a micro-batch]. A thread prepares the next step while this one runs."""
-        pin = torch.Tensor.pin_memory if device.type == "cuda" else lambda rows: rows
-        with ThreadPoolExecutor(1) as pool:
-            ready = pool.submit(lambda: pin(self.batch(start)))
-            for step in count(start + 1):
-                rows, ready = ready.result(), pool.submit(lambda s=step: pin(self.batch(s)))
-                rows = rows.to(device, non_blocking=True)
-                yield [(r[:, :-1], r[:, 1:]) for r in rows.split(self.micro_batch)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Train
 
 @torch.no_grad()
@@ -507,11 +471,12 @@ def evaluate(forward, windows, n, device, rank, world):
     B, total = windows.cfg.val_batch_size, torch.zeros((), dtype=torch.float64)
     for i in range(rank * B, n, world * B):
         rows = torch.from_numpy(windows.read(range(i, min(i + B, n)))).to(device)
-        total += forward(rows[:, :-1], rows[:, 1:]).cpu().double() * len(rows)
+        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]
+        total += forward(x, y).cpu().double() * (y >= 0).sum().cpu()
     if world > 1:
         total = total.to(device)
         dist.all_reduce(total)
-    return total.item() / n
+    return total.item() / windows.targets(n)
 
 
 def new_model(cfg, device):
@@ -524,7 +489,7 @@ def new_model(cfg, device):
 
 
 def average(model, loss, world):
-    """All-reduce gradients and loss at once: processes see equally many tokens, so the mean of means is the mean."""
+    """All-reduce gradients and loss at once: each process weighs its own by its share of the step's tokens."""
     grads = [p.grad for p in model.parameters()] + [loss]
     flat = torch.cat([g.flatten() for g in grads])
     dist.all_reduce(flat)
@@ -544,11 +509,13 @@ def main(cfg):
     cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab)
     if max(vocab, val_vocab) > cfg.vocab_size:
         raise SystemExit(f"vocabulary of {cfg.vocab_size}, but training shards have {vocab}, validation {val_vocab}")
-    windows, val_windows = Windows(shards, cfg, rank, world), Windows(val_shards, replace(cfg, shuffle=False))
-    val_n = min(len(val_windows), max(1, cfg.val_tokens // cfg.sequence_length))
+    make, knobs = BATCHES[cfg.batches]
+    cfg = replace(cfg, document_token=document_token(cfg, shards)) if knobs else cfg
+    windows, val_windows = make(shards, cfg, rank, world), make(val_shards, cfg, shuffle=False)
+    val_n = val_windows.first(cfg.val_tokens)
     if cfg.estimate:                                        # after every check of flags and data, before any weights
         model = new_model(cfg, torch.device("meta"))
-        return print(report(cfg, model, roles(model), device))
+        return print(report(cfg, model, roles(model), device, windows if vocab == cfg.vocab_size else None))
 
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -563,7 +530,7 @@ def main(cfg):
     log = Log(cfg, device, world, shards | val_shards) if rank == 0 else None
     say = log or (lambda line: None)
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {cfg.num_iterations:,} steps of "
-        f"{cfg.tokens_per_step:,} tokens, validated on {val_n * cfg.sequence_length:,} tokens")
+        f"{cfg.tokens_per_step:,} tokens, validated on {val_windows.targets(val_n):,} tokens")
 
     autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else nullcontext
     compiled = cfg.compile if cfg.compile is not None else device.type == "cuda"
@@ -571,10 +538,11 @@ def main(cfg):
         torch._functorch.config.backward_pass_autocast = "off"           # compiled under autocast runs in bf16
     forward, stream, clock = torch.compile(model) if compiled else model, windows.stream(device), Clock(device)
     if compiled:                                            # compile outside the clock: one dummy pass, no step
-        with autocast():
-            forward(*next(windows.stream(device))[0]).backward()
+        for x, y, _ in next(windows.stream(device))[0][:2]:  # two, as documents differ in length
+            with autocast():
+                forward(x, y).backward()
         model.zero_grad(set_to_none=True)
-    compile_time, clock, reached = clock.stop(), Clock(device), None
+    compile_time, clock, reached, tokens = clock.stop(), Clock(device), None, 0
 
     for step in range(cfg.num_iterations + 1):
         last = step == cfg.num_iterations
@@ -593,10 +561,11 @@ def main(cfg):
             break
 
         schedule(optimizers, step, cfg)
-        batches, train_loss = next(stream), torch.zeros((), device=device)
-        for x, y in batches:
+        (batches, predictions), train_loss = next(stream), torch.zeros((), device=device)
+        tokens += predictions
+        for x, y, share in batches:
             with autocast():
-                loss = forward(x, y) / len(batches)
+                loss = share * forward(x, y)
             loss.backward()
             train_loss += loss.detach()
         if world > 1:
@@ -613,7 +582,7 @@ def main(cfg):
             clock.start()
             if line and not math.isfinite(train_loss):
                 raise SystemExit(f"step {step + 1}: the training loss is {train_loss}: lower the learning rates")
-            rate = (step + 1) * cfg.tokens_per_step / seconds
+            rate = tokens / seconds
             text = (f"step:{step + 1}/{cfg.num_iterations} train_loss:{train_loss:.4f} "
                     f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f}"
                     + (f" mfu:{rate * flops / peak / world:.3f}" if peak else ""))
@@ -624,10 +593,10 @@ def main(cfg):
 
     stream.close()
     if len(val_windows) >= 10 * val_n:                      # less noise, and comparable with modded-nanogpt's figures
-        say(f"val_loss on {10 * val_n * cfg.sequence_length:,} tokens:"
+        say(f"val_loss on {val_windows.targets(10 * val_n):,} tokens:"
             f"{evaluate(forward, val_windows, 10 * val_n, device, rank, world):.4f}")
     target = f"time_to_{cfg.target_val_loss}:{'never' if reached is None else f'{reached:.1f}s'} "
-    say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{cfg.tokens_per_step * cfg.num_iterations} "
+    say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{tokens} "
         f"train_time:{clock.total:.1f}s with_compile:{clock.total + compile_time:.1f}s "
         f"{target if cfg.target_val_loss else ''}peak_memory:{peak_memory(device)}MiB")
     if log:

@@ -65,7 +65,7 @@ SHARDS = {"a": np.arange(3 * T + 2), "short": 900 + np.arange(3), "b": 1000 + np
 
 def windows(rank=0, world=1, shuffle=False, batch=4, accumulation=1, shards=SHARDS, T=T):
     cfg = SimpleNamespace(sequence_length=T, batch_size=batch, grad_accumulation_steps=accumulation, shuffle=shuffle)
-    cfg.seed = 3
+    cfg.seed, cfg.tokens_per_step = 3, batch * accumulation * T
     return Windows(shards, cfg, rank, world)
 
 
@@ -118,7 +118,8 @@ def test_shuffle_is_a_new_order_and_offset_every_epoch():
 
 
 def test_targets_are_the_inputs_shifted_by_one():
-    (x, y), (x2, y2) = next(windows(batch=2, accumulation=2).stream(torch.device("cpu")))
+    ((x, y, share), (x2, y2, _)), predictions = next(windows(batch=2, accumulation=2).stream(torch.device("cpu")))
+    assert share == 0.5 and predictions == 4 * T
     assert x.shape == y.shape == (2, T) and x.dtype == torch.int64
     assert torch.equal(y, x + 1) and x[0, 0] == 0 and x2[0, 0] == 2 * T
 
@@ -127,8 +128,8 @@ def test_stream_is_batch_after_batch():
     w = windows(rank=1, world=2, shuffle=True, batch=2, accumulation=2)
     for start in (0, 5):
         stream = w.stream(torch.device("cpu"), start)
-        for step, micro_batches in zip(range(start, start + 4), stream):
-            ours = torch.cat([torch.cat((x, y[:, -1:]), dim=1) for x, y in micro_batches])
+        for step, (micro_batches, _) in zip(range(start, start + 4), stream):
+            ours = torch.cat([torch.cat((x, y[:, -1:]), dim=1) for x, y, _ in micro_batches])
             assert torch.equal(ours, w.batch(step))
 
 

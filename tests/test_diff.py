@@ -12,6 +12,7 @@ from attention import CausalSelfAttention, NoHeadNorm
 from diff import DiffAttention, DiffAttentionV2, diff_naive
 from linear import CoLA
 from test_causality import C, apart, awake, batch, jacobian, noise, prefix, pure
+from tests.published import masked
 from train_gpt2 import GPT, Config, roles
 
 PLAIN = dict(head_norm=NoHeadNorm, rope=False)
@@ -204,19 +205,10 @@ def test_no_kernel_stores_the_scores():
 # ---------------------------------------------------------------- positive controls: the checks see what leaks
 
 def leaky(cls, mask):
-    """cls with its causal attention replaced by dense softmaxes under another mask."""
+    """cls with another mask."""
     class Leaky(cls):
-        def attend(self, x, q, k, v, causal):
-            dense, CausalSelfAttention.attend = CausalSelfAttention.attend, masked
-            try:
-                return super().attend(x, q, k, v, causal)
-            finally:
-                CausalSelfAttention.attend = dense
-
-    def masked(self, x, q, k, v, causal):
-        k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-        scores = q @ k.mT / math.sqrt(q.size(-1))
-        return scores.masked_fill(mask(q.size(2)), -1e9).softmax(-1) @ v
+        def attend(self, x, q, k, v, kernel):
+            return super().attend(x, q, k, v, masked(lambda ones: mask(len(ones))))
     return Leaky
 
 

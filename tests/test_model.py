@@ -114,12 +114,13 @@ def test_attention_equals_naive(n_kv_head):
 
 def test_rotary_is_a_rotation_and_relative():
     rotary, (q, k) = Rotary(8, 64), torch.randn(2, 8, dtype=torch.float64)
-    Q, K = (rotary(t.expand(1, 1, 64, 8))[0, 0] for t in (q, k))
+    Q, K = (rotary(t.expand(1, 1, 64, 8), slice(64))[0, 0] for t in (q, k))
     assert apart(Q.norm(dim=1), q.norm().expand(64)) < 1e-6
     scores = Q @ K.T
     for lag in (-20, 0, 1, 33):
         assert apart(scores.diagonal(lag), scores.diagonal(lag)[:1]) < 1e-4
-    assert torch.equal(rotary(q.expand(1, 1, 1, 8), start=5)[0, 0, 0], Q[5])
+    for at in (slice(5, 6), torch.tensor([[5]])):
+        assert torch.equal(rotary(q.expand(1, 1, 1, 8), at)[0, 0, 0], Q[5])
 
 
 @pytest.mark.parametrize("pos", POSITIONS)

@@ -18,7 +18,7 @@ from test_causality import apart, awake
 from train_gpt2 import GPT, MIXERS, MLPS, Block, Config, build, build_optimizers, parse, roles
 
 ROWS = dict(mixer="ngpt", mlp="ngpt", norm="ngpt", residual="ngpt")
-RECIPE = ROWS | dict(logit_scale=True, zero_init=False, embed_norm=False, weight_decay=0.0, logit_softcap=0.0)
+RECIPE = ROWS | dict(logit_gain=True, zero_init=False, embed_norm=False, weight_decay=0.0, logit_softcap=0.0)
 SIZES = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=50, sequence_length=16, optim="adamw")
 shards = shards                                             # the fixture
 
@@ -103,9 +103,9 @@ def test_the_model_follows_the_equations():
     h = m.wte.weight[idx]
     for block in m.blocks:
         h = plain_block(dict(block.named_parameters()), h)
-    s_z = m.head_scale.p * math.sqrt(32)
+    s_z = m.head_gain.p * math.sqrt(32)
     z = (s_z * (h @ m.head.weight.T))[..., :50] / math.sqrt(1 + 32e-6)                   # the last RMSNorm's epsilon
-    m.logits = lambda h: F.linear(h, m.head_scale(m.head.weight))[..., :50]              # without rounding to fp32
+    m.logits = lambda h: F.linear(h, m.head_gain(m.head.weight))[..., :50]              # without rounding to fp32
     same(m(idx), z, [*m.parameters()], 1e-6)
     loss = F.cross_entropy(z.flatten(0, 1), idx.roll(1, 1).flatten())
     same(m(idx, idx.roll(1, 1)), loss, [*m.parameters()], 1e-6)
@@ -188,7 +188,7 @@ def test_the_trainer_normalises_after_every_step(shards, tmp_path, n):
     check_lengths(m)
     saved = weights(folder)["model"]                        # and loading changes nothing
     assert all(torch.equal(p, saved[name]) for name, p in m.state_dict().items())
-    assert not torch.equal(m.head_scale.p, GPT(m.cfg).head_scale.p)
+    assert not torch.equal(m.head_gain.p, GPT(m.cfg).head_gain.p)
 
 
 @pytest.mark.parametrize("knobs", [*(dict(mixer=row) for row in MIXERS), *(dict(mlp=row) for row in MLPS),
@@ -263,7 +263,8 @@ def test_initial_scales():
         for found, value in ((block.residual.alpha(), 0.05), (block.mixer.s_qk(), 1.0), (block.mlp.s_uv(), 1.0)):
             assert apart(found, torch.full_like(found, value)) < 1e-6
         assert block.residual.alpha.p.shape == (2, 32) and block.mixer.s_qk.p.shape == (32,)
-    h, idx = m.trunk(tokens(), lambda i, x, v1: m.blocks[i](x)), tokens()
+    idx = tokens()
+    h = m.trunk(idx, slice(idx.size(1)), lambda i, x, v1: m.blocks[i](x))
     cosine = (unit(h) @ m.head.weight.T)[..., :50]          # s_z = 1
     assert apart(m(idx), cosine) < 1e-4
     table = {name: roles(m)[p] for name, p in m.named_parameters()}
@@ -271,13 +272,13 @@ def test_initial_scales():
     assert len(scales) == 3 * 3 + 1 and {table[name] for name in scales} == {"vector"}   # never Muon, never decayed
 
 
-def test_logit_scale_without_the_rest():
-    bare, scaled = (GPT(Config(**SIZES, zero_init=False, logit_scale=on)) for on in (False, True))
+def test_logit_gain_without_the_rest():
+    bare, scaled = (GPT(Config(**SIZES, zero_init=False, logit_gain=on)) for on in (False, True))
     idx = tokens()
     scaled.load_state_dict(bare.state_dict(), strict=False)
     assert apart(scaled(idx), bare(idx)) > 0.1
     with torch.no_grad():
-        scaled.head_scale.p.fill_(1.0)
+        scaled.head_gain.p.fill_(1.0)
     assert torch.equal(scaled(idx), bare(idx)) and torch.equal(scaled(idx, idx), bare(idx, idx))
 
 
