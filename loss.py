@@ -25,7 +25,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         Wc, M = W.to(dtype), len(h)
         loss, dh, dW = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32)), torch.empty_like(h), None
         n = (y >= 0).sum().clamp(min=1).to(loss.dtype)
-        for i in range(0, M, chunk):
+        for i in (chunk * c for c in range(-(-M // chunk))):        # range(0, M, chunk) would compile every M anew
             hc, yc, counts = h[i:i + chunk].to(dtype), y[i:i + chunk, None].clamp(min=0), y[i:i + chunk, None] >= 0
             z = softcap((hc @ Wc.T).to(loss.dtype), cap)
             slope = 1 - (z / cap).square() if cap else None  # of the soft-cap, taken before the padding is masked

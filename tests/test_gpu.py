@@ -67,6 +67,25 @@ def test_the_future_does_not_move_a_bit_of_the_past(knobs, compiled):
             assert torch.equal(z[:, :cut], y[:, :cut]) and not torch.equal(z[:, cut:], y[:, cut:])
 
 
+@pytest.mark.parametrize("knobs", [dict(window=100), dict(window=100, n_kv_head=4), dict(row="diff", window=300),
+                                   dict(batches="packed", document_token=7, window=300),
+                                   dict(row="ngpt", batches="packed", document_token=7)], ids=str)
+def test_flex_attention_is_dense_masked_attention(knobs):
+    """Compiled, masks go to FlexAttention; else to a dense one: loss and gradients of two layers."""
+    torch._dynamo.reset()
+    knobs = dict(row="attn") | knobs
+    m, idx, found = awake(model(config(**knobs))), tokens(), []
+    idx[:, ::150] = 7                                       # where documents start
+    for forward in (m, torch.compile(m)):
+        m.zero_grad()
+        with bf16():
+            loss = forward(idx, idx.roll(-1, 1))
+        loss.backward()
+        found.append([loss.detach()] + [p.grad.clone() for p in m.parameters()])
+    for dense, flex in zip(*found):
+        assert (flex - dense).norm() <= 5e-2 * dense.norm() + 1e-6
+
+
 def test_backends_agree_across_precisions():
     torch.manual_seed(0)
     u, h = torch.randn(2, 1024, 768, device=CUDA), torch.randn(48, 1024, device=CUDA) / 32
