@@ -8,21 +8,21 @@ what it holds at key k_t towards v_t, by the share beta_t, then reads it at q_t:
     q, k, v = silu(short causal convolution of W x),  q and k then of unit length per head
     y = W_o (rms_norm(o) * gain * silu(W_g x))
 
-Token by token that is T small steps. In chunks of C tokens it is matrix products: with the decay since the chunk began,
-c_i = g_1 + ... + g_i, and D_ij = e^{c_i - c_j} for i >= j, the writes X of a chunk solve one triangular system,
+Token by token that is T small steps. In chunks of C tokens it is matrix products: with c_i = g_1 + ... + g_i, the decay
+since the chunk began, D_ij = e^{c_i - c_j} for i >= j, Kb = beta K, the errors E = v - held solve a triangular system:
 
-    (I + A) [U | W] = beta [V | e^c K],   A = strictly lower part of beta K K^T * D,   X = U - W S
-    O = e^c Q S + (Q K^T * D) X,          S' = e^{c_C} S + (e^{c_C - c} K)^T X
+    (I + A) E = R = V - e^c K S,            A = strictly lower part of K Kb^T * D,          P = Q Kb^T * D
+    O = (e^c Q S + P E) / sqrt(dk),         S' = e^{c_C} S + (e^{c_C - c} Kb)^T E
 
-of which only X and S' must wait for the chunk before. Causal as published: D is lower triangular and S is the past.
+of which only E and S' must wait for the chunk before. Causal as published: D is lower triangular and S is the past.
 
 Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464); NVlabs/GatedDeltaNet;
-fla-org/flash-linear-attention, whose CUDA kernel is used where it is installed (pip install flash-linear-attention).
-Letters: B batch, T time, C channels (in the layer) or tokens a chunk (in the rule), H value heads, N chunks, dk and dv
-the widths of a key and of a value.
+fla-org/flash-linear-attention, whose CUDA kernel is used where it is there and right (flash-linear-attention on PyPI).
+Letters: B batch, T time, C channels or tokens a chunk, H value heads, N chunks, dk and dv the widths of key and value.
 """
 import math
-from functools import partial
+import sys
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -31,56 +31,68 @@ import torch.nn.functional as F
 from conv import ShortConv
 
 
-class UnitLowerInverse(torch.autograd.Function):
-    """(I + A)^-1 of (..., C, C) matrices, A read strictly below its diagonal.
+class ChunkwiseRule(torch.autograd.Function):
+    """Q / sqrt(dk), K (N H, C, dk), V, beta, c (N H, C, 1), S (H, dk, dv), H counting the heads of all rows -> O, S.
 
-    By a triangular solve: the product (I - A)(I + A^2)(I + A^4)..., GEMMs only, takes 1.8x the time (forward, backward
-    and the product with [V | K], CPU, T = 1024; 4.1x with autograd's own backward) and is off by 1e10 in fp32 where
-    keys repeat, as its terms grow like binomials. Autograd through one solve for [U | W] takes 1.6x the time.
+        dE = P^T dO + e^{c_C - c} Kb dS',       dR = (I + A)^-T dE = dV,       dA = -dR E^T,       dP = dO E^T
+        dS = e^{c_C} dS' + (e^c Q)^T dO - (e^c K)^T dR,     dc_i = q_i dq_i + k_i dk_i - kb_i dkb_i (+ <S', dS'>: i = C)
+
+    the last as q_i and k_i come with e^{c_i}, kb_j with e^{-c_j}, S' with e^{c_C}. Autograd's own takes 1.5x the time.
     """
     @staticmethod
-    def forward(ctx, A):
-        eye = torch.eye(A.size(-1), dtype=A.dtype, device=A.device).expand_as(A)
-        inverse = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
-        ctx.save_for_backward(inverse)
-        return inverse
+    def forward(ctx, Q, K, V, b, c, S):
+        D, since, left = (c - c.mT).tril_().exp_().tril_(), c.exp(), (c[:, -1:] - c).exp_()    # above, exp may overflow
+        Kb, eye = b * K, torch.eye(K.size(1), dtype=K.dtype, device=K.device)
+        A, P = (K @ Kb.mT).mul_(D), (Q @ Kb.mT).mul_(D)
+        # By a triangular solve: a product of powers of A is off by 1e10 in fp32 where keys repeat.
+        M = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
+        H, S, E = len(S), [S], []
+        for v, m, k_in, k_out, decay in zip(*(x.split(H) for x in (V, M, since * K, left * Kb, since[:, -1:]))):
+            E.append(m @ torch.baddbmm(v, k_in, S[-1], alpha=-1))
+            S.append((decay * S[-1]).baddbmm_(k_out.mT, E[-1]))
+        last, S, E = S[-1], torch.cat(S), torch.cat(E)
+        ctx.save_for_backward(Q, K, b, D, since, left, P, M, S, E)
+        return (since * Q @ S[:-H]).baddbmm_(P, E), last
 
     @staticmethod
-    def backward(ctx, grad):
-        inverse, = ctx.saved_tensors
-        return (inverse.mT @ grad @ inverse.mT).tril(-1).neg_()
+    def backward(ctx, dO, dS):
+        if torch.is_grad_enabled():                                  # once_differentiable would miss a constant dO
+            raise RuntimeError("the chunkwise gated delta rule is differentiable once: not with create_graph=True")
+        Q, K, b, D, since, left, P, M, S, E = ctx.saved_tensors
+        with torch.autocast(dO.device.type, enabled=False):
+            dO, dS, dR, H, Kb = dO.contiguous(), [dS], [], len(dS), b * K      # an expanded dO is slow to multiply
+            for dE, dS_O, m, k_in, k_out, decay in zip(*(x.split(H)[::-1] for x in (
+                    P.mT @ dO, (since * Q).mT @ dO, M, since * K, left * Kb, since[:, -1:]))):
+                dR.append(m.mT @ torch.baddbmm(dE, k_out, dS[-1]))
+                dS.append(torch.baddbmm(dS_O, k_in.mT, dR[-1], alpha=-1).addcmul_(decay, dS[-1]))
+            first, dS, dR, before = dS.pop(), torch.cat(dS[::-1]), torch.cat(dR[::-1]), S[:-H].mT
+            minus_dA, dP = (dR @ E.mT).mul_(D).tril_(-1), (dO @ E.mT).mul_(D)
+            dQ = (dO @ before).mul_(since).baddbmm_(dP, Kb)
+            dK = (dR @ before).mul_(since).baddbmm_(minus_dA, Kb).neg_()
+            dKb = (E @ dS.mT).mul_(left).baddbmm_(dP.mT, Q).baddbmm_(minus_dA.mT, K, alpha=-1)
+            dc = (Q * dQ).addcmul_(K, dK).addcmul_(Kb, dKb, value=-1).sum(-1, keepdim=True)
+            dc[:, -1, 0] += (S[H:] * dS).sum((1, 2))
+            return dQ, dK.addcmul_(b, dKb), dR, (K * dKb).sum(-1, keepdim=True), dc, first
 
 
 def gated_delta_rule(q, k, v, g, beta, chunk=32, state=None):
     """The rule, chunkwise: q, k (B, T, H, dk), v (B, T, H, dv), g, beta (B, T, H) -> o (B, T, H, dv), final state.
 
     g <= 0 is the log of the decay; q is divided by sqrt(dk) here. A state is (B, H, dk, dv); None is zeros. Works in
-    fp32 (fp64 stays), also under autocast; o has v's dtype, the state that of the work.
+    fp32 (fp64 stays), also under autocast; o has v's dtype, the state that of the work. Differentiable once.
     """
-    (B, T, H, dk), dv, C = k.shape, v.size(-1), min(chunk, k.size(1))
-    dtype, scale = torch.promote_types(v.dtype, torch.float32), dk ** -0.5
-
-    def chunks(x):                                                   # (B, T, H, d) -> (N, B H, C, d)
-        x = F.pad(x.to(dtype), (0, 0, 0, 0, 0, -T % C))              # a token of zeros leaves the state alone
-        return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-
+    (B, T, H, dk), dtype, C, o = k.shape, torch.promote_types(v.dtype, torch.float32), min(chunk, k.size(1)), []
+    x = [u.to(dtype) for u in (q, k, v, beta[..., None], g[..., None])]
+    x = [F.pad(u, (0, 0, 0, 0, 0, -T % C)) for u in x] if T % C else x         # zeros leave the state alone
+    # On a CPU one stretch of time after another, half a MB a tensor, so that what is in work stays in the cache.
+    span = C * max(1, 2 ** 17 // (B * H * dk * C)) if v.device.type == "cpu" else x[0].size(1)
+    S = x[2].new_zeros(B * H, dk, v.size(-1)) if state is None else state.to(dtype).flatten(0, 1)
     with torch.autocast(v.device.type, enabled=False):
-        Q, K, V, b, c = (chunks(x) for x in (q, k, v, beta[..., None], g[..., None]))
-        c = c.cumsum(-2)
-        # Above the diagonal the difference is positive and its exp may overflow: it is masked before.
-        future = torch.ones(C, C, dtype=torch.bool, device=v.device).triu(1)
-        D, since = (c - c.mT).masked_fill_(future, -math.inf).exp_(), c.exp()
-        solve = UnitLowerInverse.apply(K @ K.mT * (D * b)) * b.mT
-        U, W, K_left = solve @ V, solve @ (since * K), ((c[..., -1:, :] - c).exp() * K).mT
-        S = V.new_zeros(B * H, dk, dv) if state is None else state.to(dtype).flatten(0, 1)
-        before, writes = [], []
-        for u, w, k_left, decay in zip(*(x.unbind() for x in (U, W, K_left, since[..., -1:, :]))):   # not U[n]: its
-            before.append(S)                                         # backward would fill N tensors of U's size
-            writes.append(torch.baddbmm(u, w, S, alpha=-1))
-            S = torch.baddbmm(decay * S, k_left, writes[-1])
-        o = (since * scale * Q @ torch.stack(before)).flatten(0, 1)
-        o = o.baddbmm((Q @ K.mT * D).flatten(0, 1), torch.cat(writes), alpha=scale).unflatten(0, (-1, B, H))
-        return o.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].type_as(v), S.unflatten(0, (B, H))
+        for stretch in zip(*(u.split(span, dim=1) for u in x)):      # (B, span, H, d) -> (N B H, C, d), and back
+            Q, K, V, b, c = (u.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4).flatten(0, 2) for u in stretch)
+            y, S = ChunkwiseRule.apply(Q * dk ** -0.5, K, V, b, c.cumsum(1), S)
+            o.append(y.unflatten(0, (-1, B, H)).permute(1, 0, 3, 2, 4).flatten(1, 2))
+        return torch.cat(o, dim=1)[:, :T].type_as(v), S.unflatten(0, (B, H))
 
 
 def with_kernel(kernel, q, k, v, g, beta, chunk=32, state=None):
@@ -90,24 +102,31 @@ def with_kernel(kernel, q, k, v, g, beta, chunk=32, state=None):
     return kernel(q.type_as(v), k.type_as(v), v, g, beta, initial_state=state, output_final_state=True)
 
 
-def best_rule():
-    """gated_delta_rule, or the same with fla's kernel inside where that can be imported and there is a GPU."""
+@cache
+def best_rule(device="cuda"):
+    """gated_delta_rule, or the same with fla's kernel inside where there is a GPU and, tried once, they agree."""
     if torch.cuda.is_available():
         try:
-            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-            return partial(with_kernel, chunk_gated_delta_rule)
-        except ImportError:                                          # optional: ours needs no more than torch
-            pass
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
+            u = torch.rand(5, 1, 100, 2, 64, generator=torch.Generator().manual_seed(0)).to(device)    # not the run's
+            x = [y.requires_grad_() for y in (*F.normalize(u[:3] - .5, dim=-1).bfloat16(), -u[3, ..., 0], u[4, ..., 0])]
+            with torch.enable_grad():
+                ours, its = ((o, S, *torch.autograd.grad(o.float().sum() + S.sum(), x)) for o, S in (
+                    gated_delta_rule(*x), kernel(*x, output_final_state=True)))
+            if not all((a - b).abs().max() <= 0.05 * a.abs().max() for a, b in zip(ours, its)):
+                raise ValueError("its results are not ours")
+            return partial(with_kernel, kernel)
+        except Exception as e:                                       # no fla, Triton, a driver: it is optional
+            print("gdn: without fla's kernel:", repr(e)[:200], file=sys.stderr)
     return gated_delta_rule
 
 
 class GatedDeltaNet(nn.Module):
     """The mixer, (B, T, C) -> (B, T, C) for any T >= 1; equations at the top of the file.
 
-    n_head value heads; k_heads heads of q and k (0: n_head), each of which serves n_head / k_heads consecutive value
-    heads. dk is head_dim (0: dim / n_head), dv is expand_v * dk. neg_eigval lets beta reach 2, so that a state can
-    flip sign (arXiv 2411.12537). Positions are in the decay: no rotary. Decoding keeps S and three tokens.
-    Raises ValueError where the sizes do not fit.
+    n_head value heads; k_heads (0: n_head) heads of q and k, each of which serves n_head / k_heads consecutive value
+    heads; dk is head_dim (0: dim / n_head), dv expand_v * dk. neg_eigval lets beta reach 2: states can flip sign (arXiv
+    2411.12537). Positions are in the decay: no rotary. Decoding keeps S and three tokens. ValueError: sizes misfit.
     """
     def __init__(self, dim, seq_len, *, n_head, k_heads=0, head_dim=0, expand_v=1.0, chunk=32, linear=nn.Linear,
                  neg_eigval=False):
@@ -115,9 +134,8 @@ class GatedDeltaNet(nn.Module):
         k_heads, dk = k_heads or n_head, head_dim or dim // n_head
         dv = int(expand_v * dk)
         if n_head % k_heads or not head_dim and dim % n_head or dv < 1 or chunk < 1:
-            raise ValueError(f"gdn: {dim} channels, {n_head} heads, {k_heads} key heads, {dk} wide, values {dv} wide, "
-                             f"chunks of {chunk}: heads must divide, widths be 1 or more: change --n_head, "
-                             "--gdn_k_heads, --gdn_head_dim, --gdn_expand_v or --gdn_chunk")
+            raise ValueError(f"gdn: {dim} channels, {n_head} and {k_heads} heads, {dk} and {dv} wide, chunk {chunk}: "
+                             "no fit: change --n_head, --gdn_k_heads, --gdn_head_dim, --gdn_expand_v or --gdn_chunk")
         self.n_head, self.dk, self.dv, self.share = n_head, dk, dv, n_head // k_heads
         self.chunk, self.beta_max, self.rule = chunk, 2.0 if neg_eigval else 1.0, best_rule()
         self.widths = (k_heads * dk, k_heads * dk, n_head * dv)
@@ -129,21 +147,18 @@ class GatedDeltaNet(nn.Module):
         self.A_log = nn.Parameter(torch.empty(n_head).uniform_(0.01, 16).log())
         dt = torch.empty(n_head).uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))              # softplus(dt_bias) = dt
-        self.gain = nn.Parameter(torch.ones(dv))
-        self.proj = linear(n_head * dv, dim, bias=False)
+        self.gain, self.proj = nn.Parameter(torch.ones(dv)), linear(n_head * dv, dim, bias=False)
 
     def flops(self, T):
         """Forward FLOPs a token besides the weight matrices: the matrix products of the chunkwise rule."""
         C, dk, dv = min(self.chunk, T), self.dk, self.dv
-        return self.n_head * (2 * C * (3 * dk + 2 * dv) + C * C + 6 * dk * dv)       # in a chunk, inverse, with S
+        return self.n_head * (4 * C * (dk + dv) + C * C + 6 * dk * dv)               # in a chunk, inverse, with S
 
-    def value(self, x):
-        """The values a value residual hands to later layers, (B, T, n_head * dv)."""
+    def value(self, x):                                              # of a value residual, (B, T, n_head * dv)
         return self.v(x)
 
     def qkv(self, x, v1=None):
-        v = self.v(x)
-        return torch.cat((self.q(x), self.k(x), v if v1 is None else v + v1), dim=-1)
+        return torch.cat((self.q(x), self.k(x), self.v(x) if v1 is None else self.v(x) + v1), dim=-1)
 
     def heads(self, z, x):                                           # -> q, k, v (..., H, d), g and beta (..., H)
         q, k, v = F.silu(z).split(self.widths, dim=-1)
@@ -160,16 +175,14 @@ class GatedDeltaNet(nn.Module):
         return self.proj(o * F.silu(self.gate(x)))
 
     def forward(self, x, v1=None):
-        q, k, v, g, beta = self.heads(self.short_conv(self.qkv(x, v1)), x)
-        return self.out(self.rule(q, k, v, g, beta, self.chunk)[0], x)
+        return self.out(self.rule(*self.heads(self.short_conv(self.qkv(x, v1)), x), self.chunk)[0], x)
 
     def init_state(self, B):
         return self.short_conv.init_state(B), self.gain.new_zeros(B, self.n_head, self.dk, self.dv)
 
     def step(self, x, state, v1=None):                               # (B, C) -> (B, C)
-        window, S = state
-        z, window = self.short_conv.step(self.qkv(x, v1), window)
-        o, S = gated_delta_rule_naive(*(u[:, None] for u in self.heads(z, x)), S)
+        z, window = self.short_conv.step(self.qkv(x, v1), state[0])
+        o, S = gated_delta_rule_naive(*(u[:, None] for u in self.heads(z, x)), state[1])
         return self.out(o[:, 0], x), (window, S)
 
 

@@ -4,14 +4,16 @@ The oracles are optional: pip install transformers; pip install --no-deps fla-co
 """
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from deltanet import GatedDeltaNet, best_rule, gated_delta_rule, gated_delta_rule_naive
+from deltanet import GatedDeltaNet, best_rule, gated_delta_rule, gated_delta_rule_naive, with_kernel
 from test_causality import apart, awake
 
 MILD, STRONG = 0.5, 20.0                                    # -g: a token forgets 40%, or all but 2e-9
@@ -116,10 +118,100 @@ def test_precision_island():
     assert o.dtype == torch.bfloat16 and last.dtype == torch.float32 and apart(o.double(), exact) < 1e-2
 
 
-def test_compiles_without_a_graph_break():
-    *x, S = inputs(70, dtype=torch.float32)
+@pytest.mark.parametrize("T", [1, 20, 32, 70])
+def test_compiles_without_a_graph_break(T):
+    torch._dynamo.reset()
+    x = inputs(T, dtype=torch.float32)
     compiled = torch.compile(gated_delta_rule, backend="aot_eager", fullgraph=True)
-    same(with_gradients(compiled, [*x, S], chunk=32), with_gradients(gated_delta_rule, [*x, S], chunk=32), 1e-5)
+    same(with_gradients(compiled, x, chunk=32), with_gradients(gated_delta_rule, x, chunk=32), 1e-5)
+
+
+def test_stretches_of_time_give_the_same():
+    """Wide enough for the CPU to take the time in several stretches, the last one shorter and padded."""
+    x = inputs(150, B=4, H=8, dk=64, dv=3)                  # 2^17 numbers are 64 tokens
+    same(with_gradients(gated_delta_rule, x), with_gradients(gated_delta_rule_naive, x), 1e-11)
+
+
+def test_the_gradient_is_right_in_autocast_too():
+    x = inputs(70, dtype=torch.float32)
+    expected = with_gradients(gated_delta_rule, x)
+    with torch.autocast("cpu", torch.bfloat16):             # the backward runs inside as well
+        same(with_gradients(gated_delta_rule, x), expected, 1e-6)
+
+
+@pytest.mark.parametrize("loss", [torch.sum, lambda o: o.square().sum()])
+def test_a_second_derivative_is_refused(loss):
+    *x, S = inputs(40)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss(gated_delta_rule(*x, state=S)[0]), x, create_graph=True)
+
+
+def test_inputs_and_an_expanded_gradient_stay_as_they_are():
+    x = inputs(32, B=1, H=1)                                # one chunk of one head: its layout is the input's own
+    before = [u.detach().clone() for u in x]
+    o, last = gated_delta_rule(*x[:5], state=x[5])
+    kept, grads = (o.detach().clone(), last.detach().clone()), (torch.ones_like(o), torch.ones_like(last))
+    torch.autograd.grad((o, last), x, grads)
+    assert all(torch.equal(a, b) for a, b in zip((*x, o, last, *grads), (*before, *kept, *map(torch.ones_like, kept))))
+
+
+def kernel(scale=1.0):                                      # fla's signature
+    def chunk_gated_delta_rule(q, k, v, g, beta, initial_state=None, output_final_state=False):
+        o, S = gated_delta_rule(q, k, v, g, beta, state=initial_state)
+        return o * scale, S
+    return chunk_gated_delta_rule
+
+
+@pytest.fixture
+def fake_fla(monkeypatch):                                  # -> puts a kernel where best_rule looks for fla's
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    best_rule.cache_clear()
+    def put(module):
+        for name in ("fla", "fla.ops"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+    yield put
+    best_rule.cache_clear()
+
+
+def test_a_kernel_that_agrees_is_used(fake_fla, capsys):
+    calls, right = [], kernel()
+    fake_fla(SimpleNamespace(chunk_gated_delta_rule=lambda *x, **knobs: calls.append(1) or right(*x, **knobs)))
+    rule = best_rule("cpu")
+    assert rule.func is with_kernel and best_rule("cpu") is rule and len(calls) == 1         # compared once a process
+    assert capsys.readouterr().err == ""
+    x = [u.detach() for u in inputs(9)[:5]]
+    assert torch.equal(rule(*x)[0], gated_delta_rule(*x)[0]) and len(calls) == 1             # on the CPU, ours
+
+
+def wrong_in_the_gradient(q, k, v, g, beta, **knobs):
+    return kernel()(q, k, v, g.detach() + 0 * g, beta, **knobs)
+
+
+def broken(*x, **knobs):
+    raise RuntimeError("no such\narchitecture")
+
+
+def nan(*x, **knobs):
+    return tuple(u * float("nan") for u in kernel()(*x, **knobs))
+
+
+@pytest.mark.parametrize("wrong", [kernel(1.1), wrong_in_the_gradient, broken, nan])
+def test_a_kernel_that_does_not_is_left_aside_with_one_line(wrong, fake_fla, capsys):
+    fake_fla(SimpleNamespace(chunk_gated_delta_rule=wrong))
+    numbers = torch.get_rng_state()
+    assert best_rule("cpu") is gated_delta_rule and best_rule("cpu") is gated_delta_rule
+    said = capsys.readouterr().err
+    assert said.startswith("gdn: without fla's kernel: ") and said.count("\n") == 1
+    assert torch.equal(torch.get_rng_state(), numbers)
+
+
+def test_a_package_that_does_not_import_is_left_aside(fake_fla, capsys):
+    class Module(ModuleType):
+        def __getattr__(self, name):
+            raise OSError("libtriton.so")
+    fake_fla(Module("fla.ops.gated_delta_rule"))
+    assert best_rule("cpu") is gated_delta_rule and capsys.readouterr().err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- the layer
@@ -202,7 +294,8 @@ def test_sizes_that_do_not_fit(knobs):
 def test_flops_count_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
     m, T = GatedDeltaNet(64, 128, n_head=2, expand_v=2.0), 128
-    with FlopCounterMode(display=False) as counter:
+    in_place = {torch.ops.aten.baddbmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}     # not in the counter
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         m(torch.randn(1, T, 64))
     weights = 2 * sum(p.numel() for name, p in m.named_parameters() if p.ndim == 2 and "conv" not in name)
     inverse = m.n_head * m.chunk ** 2                       # the triangular solve is no matrix product to the counter
