@@ -17,7 +17,7 @@ since the chunk began, D_ij = e^{c_i - c_j} for i >= j, Kb = beta K, the errors 
 of which only E and S' must wait for the chunk before. Causal as published: D is lower triangular and S is the past.
 
 Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (arXiv 2412.06464); NVlabs/GatedDeltaNet;
-fla-org/flash-linear-attention, whose CUDA kernel is used where it is there and right (flash-linear-attention on PyPI).
+fla-org/flash-linear-attention, whose CUDA kernel is used where it runs and agrees (pip install flash-linear-attention).
 Letters: B batch, T time, C channels or tokens a chunk, H value heads, N chunks, dk and dv the widths of key and value.
 """
 import math
