@@ -182,7 +182,7 @@ def text_pieces(path, args):
             text = "".join(held)
             end = found.end() if (found := WORD_END.match(text)) else size
             yield text[:end], starts
-            held, size, starts = [text[end:]], size - end, False
+            held, size, starts = [text[end:]], size - end, starts and not text[:end].strip()    # blank: dropped below
     yield "".join(held), starts
 
 

@@ -126,6 +126,14 @@ def test_pieces_of_one_big_document_give_the_tokens_of_the_whole(tmp_path, gpt2,
     assert sum(shards.values(), []) == whole[:-1000]
 
 
+def test_a_document_that_begins_with_a_blank_piece_still_has_its_start(tmp_path, gpt2, monkeypatch):
+    monkeypatch.setattr(tool, "PIECE", 97)
+    (tmp_path / "a.txt").write_text("\n" * 300 + "hello world")
+    shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--val_tokens", 0)
+    tokens = shards["train_000001"]
+    assert tokens[0] == EOT and tokens.count(EOT) == 1 and gpt2.decode(tokens[1:]).strip() == "hello world"
+
+
 def test_default_validation_part_and_none(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1001)
     shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "bytes")
