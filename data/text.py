@@ -1,10 +1,13 @@
-"""Turn your own UTF-8 text into shards for train_gpt2.py.
+"""Turn your own UTF-8 text, or a dataset of the hub, into shards for train_gpt2.py.
 
     python data/text.py book.txt more.jsonl.gz --out data/mine
     python data/text.py corpus.txt.bz2 --val held_out.txt --out data/mine
     python data/text.py notes.txt --tokenizer bytes --out data/notes
+    python data/text.py --hub roneneldan/TinyStories --out data/stories
+    python data/text.py --hub HuggingFaceFW/fineweb --hub_config sample-10BT --rows 10000 --estimate
 
-.txt holds documents separated by a line `--separator` (without any, one document), .jsonl one document a row.
+.txt holds documents separated by a line `--separator` (without any, one document), .jsonl one document a row, as has
+a dataset of the Hugging Face hub (or a folder that holds one), which is streamed. `--estimate` only counts.
 Text is taken verbatim (qwen: in Unicode's normal form C, like its own tokenizer): `<|endoftext|>` inside a line is
 ordinary text, and only the tokenizer's start token marks where a document begins. Documents keep their order.
 Memory is bounded, and the shards appear together, when everything is done.
@@ -12,6 +15,7 @@ Memory is bounded, and the shards appear together, when everything is done.
 import argparse
 import base64
 import bz2
+import gc
 import glob
 import gzip
 import hashlib
@@ -26,6 +30,7 @@ import unicodedata
 import zlib
 from collections import deque
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +50,21 @@ QWEN_PATTERN = (r"'(?i:[sdmt]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\
                 r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s")
 QWEN_REPO = "Qwen/Qwen2.5-0.5B"     # Qwen3 has the same merges
 QWEN_SHA256 = "92a28645c27ae7dfbb3b5710eb590c37b59169daa4b8c2167648e63244629329"    # of the ranks, however stored
+QUIET = {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+         "DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+HUB_ADVICE = {      # what a dataset that gives no row raises: what to do; the first that fits
+    ConnectionError: "check the network and HF_HUB_OFFLINE; a proxy needs HTTPS_PROXY, a mirror HF_ENDPOINT",
+    FileNotFoundError: "check NAME; a private or gated one asks for HF_TOKEN, of an account that may read it",
+    Exception: "check NAME, --hub_config and --split, then the network",
+}
 
 
 def fail(message):
     raise SystemExit(f"text.py: {message}")
+
+
+def brief(error):
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def merge_ranks(merges):
@@ -66,7 +82,7 @@ def merge_ranks(merges):
 def qwen_ranks(path):
     """Qwen's {token: rank} from a file of its tokenizer; without a path, from the hub's cache or the hub."""
     if path is None:
-        os.environ |= {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | os.environ
+        os.environ |= QUIET | os.environ
         try:
             from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
             path = try_to_load_from_cache(QWEN_REPO, "merges.txt")
@@ -74,8 +90,7 @@ def qwen_ranks(path):
                 get_hf_file_metadata(hf_hub_url(QWEN_REPO, "merges.txt"))   # without a hub, this fails at once
                 path = hf_hub_download(QWEN_REPO, "merges.txt")
         except Exception as error:      # the hub's client has changed its HTTP library and errors before
-            why = (str(error).splitlines() or [""])[0][:150].rstrip(".") or type(error).__name__
-            fail(f"cannot get merges.txt of {QWEN_REPO} from the hub ({why}): fetch it by hand, "
+            fail(f"cannot get merges.txt of {QWEN_REPO} from the hub ({brief(error)}): fetch it by hand, "
                  "then pass --ranks merges.txt")
     try:
         raw = Path(path).read_bytes()
@@ -167,8 +182,15 @@ def text_pieces(path, args):
             text = "".join(held)
             end = found.end() if (found := WORD_END.match(text)) else size
             yield text[:end], starts
-            held, size, starts = [text[end:]], size - end, False
+            held, size, starts = [text[end:]], size - end, starts and not text[:end].strip()    # blank: dropped below
     yield "".join(held), starts
+
+
+def text_of(row, args, place):
+    if not isinstance(row, dict) or not isinstance(row.get(args.field), str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        fail(f"{place}: no text in field {args.field!r} of {found[:200]}: see --field")
+    return row[args.field]
 
 
 def jsonl_pieces(path, args):
@@ -177,10 +199,27 @@ def jsonl_pieces(path, args):
             row = json.loads(line) if line.strip() else {args.field: ""}
         except (ValueError, RecursionError):
             fail(f"{path}, line {number}: not a row of JSON")
-        if not isinstance(row, dict) or not isinstance(row.get(args.field), str):
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            fail(f"{path}, line {number}: no text in field {args.field!r} of {found[:200]}: see --field")
-        yield row[args.field], True
+        yield text_of(row, args, f"{path}, line {number}"), True
+
+
+def hub_pieces(name, args):
+    os.environ |= QUIET | os.environ
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        fail("--hub needs datasets: pip install datasets")
+    number = 0
+    try:
+        rows = load_dataset(name, args.hub_config, split=args.split, streaming=True)
+        for number, row in enumerate(islice(rows, args.rows), 1):
+            if row.get(args.field, "") is not None:     # a null, which columns may hold, is a blank document
+                yield text_of(row, args, f"{name}, row {number}"), True
+    except Exception as error:      # the library's own kinds, its HTTP client's, and those of every format it reads
+        advice = f"no shard was made; run it again, or end before that row with --rows {number}" if number else next(
+            advice for kind, advice in HUB_ADVICE.items() if isinstance(error, kind))
+        fail(f"cannot read row {number + 1} of {name}: {brief(error)}: {advice}")
+    finally:
+        gc.collect()        # ends pyarrow's readers: one left behind by --rows may abort Python as it exits
 
 
 READERS = {".txt": text_pieces, ".jsonl": jsonl_pieces}
@@ -195,53 +234,80 @@ def reader_of(path):
     return READERS[inner]
 
 
-def batches(paths, args):
+def batches(sources):
     batch, size = [], 0
-    for path in paths:
-        for text, starts in reader_of(path)(path, args):
+    for name, pieces in sources:
+        for text, starts in pieces:
             if text.strip() or not starts:      # a blank document is none
                 batch.append((text, starts))
                 size += len(text)
             if size >= BATCH:
-                yield path, batch
+                yield name, batch
                 batch, size = [], 0
-    yield path, batch
+    yield name, batch
 
 
-def tokenise(paths, args, start, encode, dtype):
-    """Yield arrays of tokens in the order of the text, and print the progress."""
+def tokenise(sources, start, encode, dtype):
+    """Yield (tokens, do they start a document, bytes) in the order of the text, and print the progress."""
     read, made, began, spoke, live = 0, 0, time.time(), time.time(), sys.stdout.isatty()
-    for path, batch in batches(paths, args):
+    if not sources:
+        return
+    for name, batch in batches(sources):
         for tokens, (text, starts) in zip(encode([text for text, _ in batch]), batch, strict=True):
-            made, read = made + len(tokens), read + len(text.encode("utf-8", "replace"))
-            yield np.concatenate([start if starts else [], tokens], dtype=dtype, casting="unsafe")
+            size = len(text.encode("utf-8", "replace"))
+            made, read = made + len(tokens), read + size
+            yield np.concatenate([start if starts else [], tokens], dtype=dtype, casting="unsafe"), starts, size
         now = time.time()
         megabytes = read / 1e6
-        line = f"{megabytes:.1f} MB read, {megabytes / (now - began):.1f} MB/s, {made:,} tokens, {path.name}"
+        line = f"{megabytes:.1f} MB read, {megabytes / (now - began):.1f} MB/s, {made:,} tokens, {name}"
         if live or now - spoke > 10:
             print(f"\033[K{line}\r" if live else line, end="" if live else "\n", flush=True)
             spoke = now
     print(line)
 
 
+def set_aside(total, wanted):
+    """How many of the tokens validate: the last `wanted` (None: a tenth, at most AUTO_VAL)."""
+    limit = min(AUTO_VAL, -(-total // 10)) if wanted is None else wanted
+    if limit >= total:
+        fail(f"{total:,} tokens of text are too few to set {limit:,} aside (--val_tokens)" if total
+             else "the files or rows hold no text")
+    return limit
+
+
 def split(stream, wanted):
-    """Yield (tokens, is it validation): the last `wanted` tokens are (None: a tenth, at most AUTO_VAL)."""
+    """Yield (tokens, is it validation)."""
     limit, held, count, total = AUTO_VAL if wanted is None else wanted, deque(), 0, 0
-    for tokens in stream:
+    for tokens, *_ in stream:
         held.append(tokens)
         count, total = count + len(tokens), total + len(tokens)
         while held and count - len(held[0]) >= limit:
             count -= len(held[0])
             yield held.popleft(), False
-    limit = min(limit, -(-total // 10)) if wanted is None else limit
-    if limit >= total:
-        fail(f"{total:,} tokens of text are too few to set {limit:,} aside (--val_tokens)" if total
-             else "the files hold no text")
+    limit = set_aside(total, wanted)
     for tokens in held:
         border = min(max(count - limit, 0), len(tokens))
         yield tokens[:border], False
         yield tokens[border:], True
         count -= len(tokens)
+
+
+def estimate(held_out, stream, args):
+    """Read both, write nothing, and print what the shards would hold."""
+    documents, read, longest, length, total, val = 0, 0, 0, 0, 0, 0
+    for part in (held_out, stream):
+        val, total = total, 0
+        for tokens, starts, size in part:
+            documents, read, total = documents + starts, read + size, total + len(tokens)
+            length = len(tokens) + (0 if starts else length)
+            longest = max(longest, length)
+    aside = set_aside(total, 0 if args.val else args.val_tokens)
+    shards = [-(-count // args.shard_tokens) for count in (total - aside, aside + val)]
+    total += val
+    print(f"{f'of the first {args.rows:,} rows: ' if args.rows else ''}{documents:,} documents, {total:,} tokens, "
+          f"{read:,} bytes of UTF-8, {read / total:.3f} bytes a token\n"
+          f"{total / documents:,.1f} tokens a document, {longest:,} in the longest; "
+          f"shards of up to {args.shard_tokens:,}: {shards[0]:,} to train on, {shards[1]:,} to validate on")
 
 
 class ShardWriter:
@@ -278,48 +344,64 @@ class ShardWriter:
 def parse(argv):
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.error = lambda message: p.exit(2, f"text.py: {message}\n")     # one line, without the usage
-    p.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".txt or .jsonl, plain or .gz or .bz2")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    p.add_argument("files", nargs="*", type=Path, metavar="FILE", help=".txt or .jsonl, plain or .gz or .bz2")
+    p.add_argument("--hub", metavar="NAME", help="instead of files: a dataset of the hub, or a folder that holds one")
+    p.add_argument("--hub_config", metavar="NAME", help="the dataset's configuration, for example sample-10BT")
+    p.add_argument("--split", default="train", metavar="NAME", help="of the dataset (default: %(default)s)")
+    p.add_argument("--rows", type=int, metavar="N", help="take only the dataset's first N rows")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the shards")
+    p.add_argument("--estimate", action="store_true", help="count documents, tokens and shards, and write nothing")
     p.add_argument("--prefix", help="how the shards' names begin (default: the name of the folder)")
     p.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: %(default)s")
     p.add_argument("--ranks", type=Path, metavar="FILE", help="qwen's merges.txt, tokenizer.json or qwen.tiktoken "
                    "(default: fetched from the hub once)")
     p.add_argument("--separator", default="<|endoftext|>", metavar="LINE",
                    help="line between two documents of a .txt (default: %(default)s; '' is an empty line)")
-    p.add_argument("--field", default="text", help="field of a .jsonl row (default: %(default)s)")
+    p.add_argument("--field", default="text", help="field of a row (default: %(default)s)")
     p.add_argument("--val_tokens", type=int, metavar="N", help="validate on the last N tokens, 0: on none "
                    f"(default: a tenth of the text, at most {AUTO_VAL:,})")
     p.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE",
                    help="validate on these files instead")
     p.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
     args = p.parse_args(argv)
+    if bool(args.files) == bool(args.hub):
+        p.error("give either FILEs or --hub NAME")
+    if not args.hub and (args.hub_config or args.rows is not None or args.split != "train"):
+        p.error("--hub_config, --split and --rows are for --hub")
+    if not args.out and not args.estimate:
+        p.error("choose a folder for the shards with --out, or --estimate")
     if args.val and args.val_tokens is not None:
         p.error("choose either --val or --val_tokens")
     if args.ranks and args.tokenizer != "qwen":
         p.error("--ranks is for --tokenizer qwen")
-    if args.shard_tokens < 1 or (args.val_tokens or 0) < 0:
-        p.error("--shard_tokens must be at least 1, and --val_tokens at least 0")
+    if args.shard_tokens < 1 or args.rows is not None and args.rows < 1 or (args.val_tokens or 0) < 0:
+        p.error("--shard_tokens and --rows must be at least 1, and --val_tokens at least 0")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    for path in args.files + args.val:
-        reader_of(path)
-    prefix = args.prefix or args.out.resolve().name
-    names = [f"{glob.escape(prefix)}_{part}_*.bin" for part in ("train", "val")]
-    if old := sorted(path for name in names for path in args.out.glob(name)):
-        fail(f"{old[0]} is already there: remove the old shards or choose another --prefix")
+    sources, held_out = ([(path.name, reader_of(path)(path, args)) for path in part] for part in (args.files, args.val))
+    if not args.estimate:
+        prefix = args.prefix or args.out.resolve().name
+        names = [f"{glob.escape(prefix)}_{part}_*.bin" for part in ("train", "val")]
+        if old := sorted(path for name in names for path in args.out.glob(name)):
+            fail(f"{old[0]} is already there: remove the old shards or choose another --prefix")
     vocab_size, start, codec = TOKENIZERS[args.tokenizer]
     encode, _ = codec(args.ranks)
+    if args.hub:        # the first row is asked for before anything is written
+        rows = hub_pieces(args.hub, args)
+        sources = [(args.hub, chain([*islice(rows, 1)], rows))]
+    if args.estimate:
+        return estimate(*(tokenise(part, start, encode, np.uint32) for part in (held_out, sources)), args)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished_") as temporary:
             train, val = (ShardWriter(f"{temporary}/{prefix}_{part}", number, vocab_size, args.shard_tokens)
                           for part, number in (("train", 1), ("val", 0)))
-            for tokens in tokenise(args.val, args, start, encode, val.dtype) if args.val else ():
+            for tokens, *_ in tokenise(held_out, start, encode, val.dtype):
                 val.write(tokens)
-            stream = tokenise(args.files, args, start, encode, train.dtype)
+            stream = tokenise(sources, start, encode, train.dtype)
             for tokens, is_val in split(stream, 0 if args.val else args.val_tokens):
                 (val if is_val else train).write(tokens)
             train.close()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import unicodedata
 from pathlib import Path
 
@@ -123,6 +124,14 @@ def test_pieces_of_one_big_document_give_the_tokens_of_the_whole(tmp_path, gpt2,
     assert shards.pop("val_000000") == whole[-1000:]
     assert [len(s) for s in shards.values()][:-1] == [2000] * (len(shards) - 1)
     assert sum(shards.values(), []) == whole[:-1000]
+
+
+def test_a_document_that_begins_with_a_blank_piece_still_has_its_start(tmp_path, gpt2, monkeypatch):
+    monkeypatch.setattr(tool, "PIECE", 97)
+    (tmp_path / "a.txt").write_text("\n" * 300 + "hello world")
+    shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--val_tokens", 0)
+    tokens = shards["train_000001"]
+    assert tokens[0] == EOT and tokens.count(EOT) == 1 and gpt2.decode(tokens[1:]).strip() == "hello world"
 
 
 def test_default_validation_part_and_none(tmp_path):
@@ -319,6 +328,10 @@ BAD_INPUT = {           # name: (content, more arguments, words of the answer)
     "both.txt": (b"a", ["--val", "x.txt", "--val_tokens", "3"], ["either"]),
     "zero.txt": (b"a", ["--shard_tokens", "0"], ["at least 1"]),
     "abbreviated.txt": (b"a", ["--shard", "5"], ["--shard"]),
+    "hub.txt": (b"a", ["--hub", "me/set"], ["either", "--hub"]),
+    "rows.txt": (b"a", ["--rows", "3"], ["--rows", "for --hub"]),
+    "split.txt": (b"a", ["--split", "test"], ["--split", "for --hub"]),
+    "config.txt": (b"a", ["--hub_config", "b"], ["--hub_config", "for --hub"]),
 }
 
 
@@ -340,6 +353,7 @@ def test_the_command_itself_refuses_in_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("hello " * 50_000)
     refused(run("text.py", tmp_path / "no.txt", "--out", tmp_path / "s"), "no such file")
     refused(run("text.py", tmp_path / "a.txt"), "--out")
+    refused(run("text.py", "--out", tmp_path / "s"), "either", "--hub")
     refused(run("text.py", tmp_path / "a.txt", "--out", tmp_path / "a.txt/s"), "cannot write")
 
     def small_disk():
@@ -358,7 +372,7 @@ def test_old_shards_are_neither_overwritten_nor_mixed(tmp_path):
 
 def test_nothing_appears_before_everything_is_written(tmp_path, monkeypatch):
     def broken(*_):
-        yield np.arange(5)
+        yield np.arange(5), True, 5
         assert not list((tmp_path / "s").glob("*.bin"))
         raise RuntimeError("power cut")
     (tmp_path / "a.txt").write_text("hello")
@@ -375,6 +389,162 @@ def test_damaged_merges_are_noticed(tmp_path, monkeypatch):
             (tmp_path / "gpt2_vocab.bpe.bz2").write_bytes(content)
         with pytest.raises(SystemExit, match="missing or damaged"):
             tool.gpt2_encoding()
+
+
+# ---------------------------------------------------------------- text.py: a dataset of the hub, and --estimate
+ROWS = [{"id": i, "text": d, "body": f"{d} twice {d}"} for i, d in enumerate([*DOCS, " \n", "the end"])]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Stands in for `datasets`: streams `rows`, raises an exception among them in its turn, notes what is asked."""
+    fake = types.SimpleNamespace(rows=ROWS, asked=[], given=0)
+
+    def stream():
+        for row in fake.rows:
+            if isinstance(row, Exception):
+                raise row
+            fake.given += 1
+            yield row
+
+    def load_dataset(*args, **kwargs):
+        fake.asked.append((args, kwargs))
+        if fake.rows and isinstance(fake.rows[0], Exception):
+            raise fake.rows[0]
+        return stream()
+    fake.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return fake
+
+
+@pytest.mark.parametrize("more", [[], ["--field", "body"], ["--val_tokens", "4"], ["--val", "held.txt"],
+                                  ["--tokenizer", "bytes", "--shard_tokens", "9"]],
+                         ids=lambda more: "_".join(more) or "as is")
+def test_streamed_rows_give_the_shards_of_the_same_jsonl(more, library, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("held.txt").write_text("held out")
+    make(write_rows(tmp_path / "a.jsonl", ROWS), "--out", tmp_path / "x", "--prefix", "p", *more)
+    capsys.readouterr()
+    make("--hub", "me/set", "--hub_config", "small", "--split", "test", "--out", tmp_path / "y", "--prefix", "p", *more)
+    assert library.asked == [(("me/set", "small"), {"split": "test", "streaming": True})]
+    assert " tokens, me/set\n" in capsys.readouterr().out
+    x, y = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in "xy")
+    assert x == y and len(x) > 1
+
+
+def test_only_the_first_rows_are_asked_for(library, tmp_path, gpt2):
+    library.rows = [{"text": None}, *ROWS]                  # a null, as columns may hold, is no document
+    shards, _ = make("--hub", "me/set", "--rows", 3, "--val_tokens", 0, "--out", tmp_path / "s")
+    assert shards == {"train_000001": [token for d in DOCS[:2] for token in [EOT] + gpt2.encode_ordinary(d)]}
+    assert library.given == 3 and library.asked == [(("me/set", None), {"split": "train", "streaming": True})]
+
+
+BAD_HUB = {             # name: (rows, more arguments, words of the answer)
+    "no network": ([ConnectionError("Couldn't reach it.")], [], ["row 1 of me/set", "reach it: check", "HTTPS_PROXY"]),
+    "no such set": ([FileNotFoundError("Dataset doesn't exist.")], [], ["doesn't exist: check NAME", "HF_TOKEN"]),
+    "no such split": ([ValueError("Bad split: x.\nThere are\n ['train']")], [], ["There are ['train']: ", "--split"]),
+    "says nothing": ([RuntimeError()], [], ["RuntimeError: check"]),
+    "breaks off": ([*ROWS, OSError("gone")], [], ["row 6 of me/set: gone", "no shard", "--rows 5"]),
+    "no field": ([{"id": 1, "body": "b"}], [], ["me/set, row 1", "'text' of id, body", "--field"]),
+    "no text": (ROWS, ["--field", "id"], ["me/set, row 1", "'id' of id, text, body", "--field"]),
+    "field lost": ([*ROWS, {"id": 1}], [], ["me/set, row 6", "'text' of id", "--field"]),
+    "no rows": ([], [], ["hold no text"]),
+    "nulls": ([{"text": None}], [], ["hold no text"]),
+    "none wanted": (ROWS, ["--rows", "0"], ["--rows must be at least 1"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HUB)
+def test_a_bad_dataset_is_refused_and_leaves_nothing(name, library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "BATCH", 1)                   # so shards are being written when it breaks off
+    library.rows, more, words = BAD_HUB[name]
+    out = tmp_path / "s"
+    for last in (["--out", str(out), "--val_tokens", "0", "--shard_tokens", "3"], ["--estimate"]):
+        with pytest.raises(SystemExit) as stop:
+            tool.main(["--hub", "me/set", *more, *last])
+        answer = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.rstrip("\n")
+        assert answer.startswith("text.py: ") and "\n" not in answer
+        assert all(word in answer for word in words), answer
+    # a dataset that fails at once does so before there is a folder
+    assert out.exists() == (name in ("breaks off", "field lost", "no rows", "nulls"))
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_without_the_library_its_installation_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match="^text.py: --hub needs datasets: pip install datasets$"):
+        tool.main(["--hub", "me/set", "--out", str(tmp_path / "s")])
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--val_tokens", "0"], ["--val", "held.jsonl"],
+                                  ["--hub", "me/set", "--rows", "3"]], ids=lambda more: "_".join(more) or "as is")
+def test_an_estimate_counts_what_is_then_made(more, library, tmp_path, monkeypatch, capsys, gpt2):
+    monkeypatch.setattr(tool, "PIECE", 97)
+    monkeypatch.setattr(tool, "BATCH", 500)
+    monkeypatch.chdir(tmp_path)
+    long = "A long document, in pieces.\n" * 40
+    Path("a.txt").write_text(f"hello\n<|endoftext|>\n{long}<|endoftext|>\n \n<|endoftext|>\nZw\u00f6lf\n")
+    write_rows(tmp_path / "held.jsonl", ROWS)
+    argv = [*more, "--shard_tokens", "50"] if "--hub" in more else ["a.txt", *more, "--shard_tokens", "50"]
+    before = sorted(tmp_path.iterdir())
+    tool.main([*argv, "--estimate"])
+    assert sorted(tmp_path.iterdir()) == before
+    said = capsys.readouterr().out.splitlines()[-2:]
+    shards, _ = make(*argv, "--out", tmp_path / "s")
+    docs = [d for d in (DOCS if "--hub" in more else ["hello\n", long, "Zw\u00f6lf\n"])]
+    docs += [row["text"] for row in ROWS if row["text"].strip()] if "--val" in more else []
+    sizes, raw = [1 + len(gpt2.encode_ordinary(d)) for d in docs], sum(len(d.encode()) for d in docs)
+    assert sum(sizes) == sum(map(len, shards.values()))
+    assert said == [
+        f"{'of the first 3 rows: ' if '--hub' in more else ''}{len(docs)} documents, {sum(sizes):,} tokens, "
+        f"{raw:,} bytes of UTF-8, {raw / sum(sizes):.3f} bytes a token",
+        f"{sum(sizes) / len(docs):.1f} tokens a document, {max(sizes)} in the longest; shards of up to 50: "
+        f"{sum(k[0] == 't' for k in shards)} to train on, {sum(k[0] == 'v' for k in shards)} to validate on"]
+
+
+def test_an_estimate_needs_as_much_text_as_the_shards(tmp_path):
+    (tmp_path / "a.txt").write_text("hello")
+    (tmp_path / "blank.txt").write_text("\n")
+    for name, more, words in (("a", ["--val_tokens", "99"], "too few"),
+                              ("blank", ["--val", str(tmp_path / "a.txt")], "hold no text")):
+        with pytest.raises(SystemExit, match=words):
+            tool.main([str(tmp_path / f"{name}.txt"), *more, "--estimate"])
+
+
+def test_the_real_library_streams_a_folder(tmp_path):
+    pytest.importorskip("datasets")
+    from pyarrow import Table, parquet
+    for kind in ("j", "p"):
+        (tmp_path / kind).mkdir()
+    write_rows(tmp_path / "j/train.jsonl", ROWS)
+    parquet.write_table(Table.from_pylist(ROWS), tmp_path / "p/train.parquet", row_group_size=2)
+    make(write_rows(tmp_path / "a.jsonl", ROWS), "--out", tmp_path / "x", "--prefix", "p")
+    make(write_rows(tmp_path / "b.jsonl", ROWS[:3]), "--out", tmp_path / "y", "--prefix", "p")
+    code = """import text
+for kind, more in (("j", []), ("p", ["--rows", "3"])):
+    text.main(["--hub", kind, "--out", "out_" + kind, "--prefix", "p", *more])
+for more in (["j", "--split", "no"], ["j", "--hub_config", "no"], ["j", "--field", "no"], ["me/no"]):
+    try:
+        text.main(["--out", "no", "--hub", *more])
+    except SystemExit as stop:
+        print(stop)"""
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(DATA), os.environ.get("PYTHONPATH")])),
+           "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | env,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "no").exists()
+    for ours, theirs in (("out_j", "x"), ("out_p", "y")):
+        x, y = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in (ours, theirs))
+        assert x == y and len(x) == 2
+    answers = done.stdout.splitlines()[-4:]
+    for answer, words in zip(answers, ("['train']", "['default']", "of id, text, body", "HTTPS_PROXY"), strict=True):
+        assert answer.startswith("text.py: ") and words in answer
 
 
 # ---------------------------------------------------------------- fineweb.py against a hub on the loopback
