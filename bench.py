@@ -2,6 +2,7 @@
 
     python bench.py gdn                         # Gated DeltaNet's rule in chunks, token by token, and by transformers
     python bench.py mixers --n_embd 512         # forward and backward of every row of MIXERS, as a ratio to attention
+    python bench.py scaling --mixer fftnet,attn # the same number of tokens in longer and longer rows: linear or not?
 
 Milliseconds, forward and backward, minimum and median over the repeats; trust the ratios, not the times. On CUDA under
 bf16 autocast, as in training. A new bench is a function that returns {contender: callable} and a row of BENCHES.
@@ -45,18 +46,28 @@ def gdn(args, device):
     return {name: lambda rule=rule: torch.autograd.grad(rule(*x)[0].sum(), x) for name, rule in rules.items()}
 
 
+def passes(row, B, T, args, device):
+    """Forward and backward of a row of MIXERS with its default knobs, on (B, T, n_embd)."""
+    cfg = Config(mixer=row, n_head=args.n_head, n_embd=args.n_embd, batch_size=B, sequence_length=T)
+    m = build("mixer", row, cfg, args.n_embd, T).to(device)
+    x = torch.randn(B, T, args.n_embd, device=device, requires_grad=True)
+    return lambda: torch.autograd.grad(m(x).sum(), [x, *m.parameters()])
+
+
 def mixers(args, device):
-    """Every row of MIXERS with its default knobs, on (batch_size, sequence_length, n_embd); attention is 1.00."""
-    sizes = {name: getattr(args, name) for name in ("n_head", "n_embd", "batch_size", "sequence_length")}
-    x = torch.randn(args.batch_size, args.sequence_length, args.n_embd, device=device, requires_grad=True)
-
-    def contender(row):
-        m = build("mixer", row, Config(mixer=row, **sizes), args.n_embd, args.sequence_length).to(device)
-        return lambda: torch.autograd.grad(m(x).sum(), [x, *m.parameters()])
-    return {row: contender(row) for row in sorted(MIXERS, key=lambda row: row != "attn")}
+    """Every row of MIXERS on (batch_size, sequence_length, n_embd); attention is 1.00."""
+    return {row: passes(row, args.batch_size, args.sequence_length, args, device)
+            for row in sorted(MIXERS, key=lambda row: row != "attn")}
 
 
-BENCHES = {"gdn": gdn, "mixers": mixers}
+def scaling(args, device):
+    """Each of --mixer on 8 batch_size sequence_length tokens, in rows of 1, 2, 4 and 8 times sequence_length."""
+    return {f"{row}, T {n * args.sequence_length}": passes(row, 8 // n * args.batch_size, n * args.sequence_length,
+                                                           args, device)
+            for row in args.mixer.split(",") for n in (1, 2, 4, 8)}
+
+
+BENCHES = {"gdn": gdn, "mixers": mixers, "scaling": scaling}
 
 
 def measure(contenders, repeats, device):
@@ -82,6 +93,7 @@ def main(argv=None):
     parser.add_argument("bench", choices=BENCHES)
     for name, default in dict(n_embd=512, n_head=8, batch_size=2, sequence_length=1024, repeats=5, threads=1).items():
         parser.add_argument("--" + name, type=int, default=default, help="default: %(default)s")
+    parser.add_argument("--mixer", default="fftnet", help="rows of MIXERS for scaling; default: %(default)s")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or mps; default: %(default)s")
     args = parser.parse_args(argv)
     if wrong := [name for name, value in vars(args).items() if isinstance(value, int) and value < 1]:

@@ -64,6 +64,29 @@ def hybrid_star(dim, layer):
     return HybridNorm(dim, layer) if layer else PreNorm(dim, layer)
 
 
+class PrePostNorm(PreNorm):
+    """norm(x + f(norm x)), the outer norm with a gain; the residual carries what it gives.
+
+    The outer norm of a branch is taken where the next branch begins, after the last block by the model. It comes after
+    the sum, where Sandwich-LN has x + norm(f(norm x)). Source: the layer of github.com/mrorigo/pytorch-fftnet.
+    """
+    role = "vector"
+
+    def __init__(self, dim, layer):
+        super().__init__(dim, layer)
+        self.gain = nn.Parameter(torch.ones(min(layer + 1, 2), dim))         # nothing precedes the first mixer
+
+    def outer(self, x, gain):
+        z = norm(x) * gain.type_as(x)
+        return z, norm(z)
+
+    def mixer(self, x):
+        return self.outer(x, self.gain[1]) if len(self.gain) == 2 else self(x)
+
+    def mlp(self, x):
+        return self.outer(x, self.gain[0])
+
+
 # Residuals: what a block makes of the stream x and the output y of branch 0 (mixer) or 1 (MLP).
 
 class Add(nn.Module):

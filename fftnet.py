@@ -142,15 +142,15 @@ FILTERS = {"running": RunningSpectrum, "bank": FilterBank}
 class FFTNet(nn.Module):
     """The causal FFTNet mixer, (B, T, C) -> (B, T, C) for any 1 <= T <= seq_len; equations at the top of the file.
 
-    filter is a row of FILTERS; modes are per head, 0 is that row's own number. Raises ValueError where sizes misfit.
+    filter: a row of FILTERS; modes a head, 0: that row's own; hidden: of the MLP, 0: C / 8. ValueError if sizes misfit.
     """
-    def __init__(self, dim, seq_len, *, n_head, filter="running", modes=0, linear=Linear):
+    def __init__(self, dim, seq_len, *, n_head, filter="running", modes=0, hidden=0, linear=Linear):
         super().__init__()
         if dim % n_head or modes < 0 or filter not in FILTERS:
             raise ValueError(f"fftnet: {dim} channels in {n_head} heads, {modes} modes, filter {filter!r} (one of "
                              f"{', '.join(FILTERS)}): change --n_head, --fftnet_modes or --fftnet_filter")
         self.dim, self.n_head, self.spectrum = dim, n_head, FILTERS[filter](dim, seq_len, n_head, modes, linear)
-        self.flops, M, inner = self.spectrum.flops, n_head * self.spectrum.modes, max(1, dim // 8)
+        self.flops, M, inner = self.spectrum.flops, n_head * self.spectrum.modes, hidden or max(1, dim // 8)
         self.widths = (2 * M, dim, dim)
         self.q, self.v, self.gate, self.proj = (linear(dim, width) for width in (*self.widths, dim))
         self.short_conv = ShortConv(sum(self.widths))

@@ -92,6 +92,7 @@ class SphereNorm(PreNorm):
     needs = {                                               # settings that keep it true: {field: (values, why)}
         "residual": (("ngpt",), "only that keeps the stream's vectors at length 1"),
         "embed_norm": ((False,), "the embedding's rows are unit vectors already"),
+        "embed_scale": ((False,), "the embedding's rows are to stay unit vectors"),
         "pos": (("rope", "none"), "a sum with positions is no unit vector"),
         "x0_shortcut": ((False,), "a sum with the embedding is no unit vector"),
         "unet_skips": ((False,), "a sum with an earlier layer is no unit vector"),

@@ -31,7 +31,7 @@ from afno import AFNO
 from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
 from batches import Packed, Padded, Windows, document_token
 from blocks import (GPAS, Add, GatedResidual, HybridNorm, LayerNormScaling, LearnedPositions, NoPositions, PreNorm,
-                    SinusoidalPositions, hybrid_star, norm)
+                    PrePostNorm, SinusoidalPositions, hybrid_star, norm)
 from data.shards import open_shards
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
@@ -82,6 +82,7 @@ class Config:
     tie_embeddings: bool = False                            # untied with embed_norm: 10% fewer tokens
     pad_vocab: bool = True                                  # to a multiple of 128: aligned head GEMM; never predicted
     embed_norm: bool = True                                 # RMSNorm after the embedding
+    embed_scale: bool = False                               # embedding times sqrt(C), before positions are added
     logit_softcap: float = 15.0                             # c tanh(z / c), 0 is off: -0.005, and 15 beats 30
     value_residual: bool = False                            # v + lambda v of layer 1: -0.012; lambda learned: -0.009
     x0_shortcut: bool = False                               # learned share of the embedding in every block: -0.009
@@ -118,6 +119,7 @@ class Config:
     # FFTNet
     fftnet_filter: str = "running"                          # running | bank
     fftnet_modes: int = 0                                   # modes a head; 0: half its channels, or 4 for bank
+    fftnet_hidden: int = 0                                  # width of the MLP of the mean; 0: C / 8
     # optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes share them.
     optim: str = "muon"                                     # row of OPTIMS
     batch_size: int = 8                                     # sequences in a micro-batch
@@ -214,7 +216,8 @@ CLASHES = {                                                 # {why: settings tha
         norm=("hybrid", "hybrid_star"), head_norm=("none", "qk")),
     "its schedule takes the logarithm": dict(optim=("ademamix",), adam_beta1=(0.0,)),
     "there are no low-rank products to keep: add --linear cola": dict(linear=("dense",), recompute=("cola",)),
-    "HybridNorm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star"), residual=("gpas",)),
+    "this norm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
+    "RMSNorm takes the scale away: add --no-embed_norm": dict(embed_scale=(True,), embed_norm=(True,)),
 }
 LEAST = dict.fromkeys(("warmup_iters", "warmdown_iters", "document_token"), -1) | dict.fromkeys((
     "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
@@ -283,7 +286,7 @@ class GPT(nn.Module):
             raise ValueError("GPT needs a vocab_size; main() reads it from the shards")
         self.cfg, L, C = cfg, cfg.n_layer, cfg.n_embd
         rows = -cfg.vocab_size % 128 * cfg.pad_vocab + cfg.vocab_size
-        self.wte = nn.Embedding(rows, C)
+        self.wte, self.scale = nn.Embedding(rows, C), math.sqrt(C) if cfg.embed_scale else 1.0
         self.positions = build("pos", cfg.pos, cfg, C, cfg.sequence_length)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
         self.run = RECOMPUTE[cfg.recompute][0]
@@ -308,7 +311,7 @@ class GPT(nn.Module):
 
     def trunk(self, idx, at, run):
         """(B, T) -> (B, T, C), embedding to final norm; run(i, x, v1) applies block i, to a sequence or to one step."""
-        x = self.positions(self.wte(idx), at)
+        x = self.positions(self.scale * self.wte(idx), at)
         x = x0 = norm(x) if self.cfg.embed_norm else x
         v1 = self.blocks[0].value(x) if self.v_lambda is not None else None
         L, skips = len(self.blocks), []
@@ -426,7 +429,7 @@ MIXERS = {
     "fan": (FAN, ATTENTION + FOURIER), "fan_tall": (TallFAN, ATTENTION + FOURIER),
     "diff": (DiffAttention, (*ATTENTION, "layer")), "diff_v2": (DiffAttentionV2, ATTENTION),
     "ngpt": (NGPTAttention, ATTENTION[1:]),                 # its head norm is its own
-    "fftnet": (FFTNet, ("n_head", "fftnet_filter", "fftnet_modes", "linear")),
+    "fftnet": (FFTNet, ("n_head", "fftnet_filter", "fftnet_modes", "fftnet_hidden", "linear")),
     "gdn": (GatedDeltaNet, ("n_head", "gdn_k_heads", "gdn_head_dim", "gdn_expand_v", "gdn_chunk", "gdn_neg_eigval",
                             "linear")),
 }
@@ -436,7 +439,7 @@ HIDDEN = ("mlp_ratio", "linear")
 MLPS = {"gelu": (GELU, HIDDEN), "relu2": (ReLU2, HIDDEN), "swiglu": (SwiGLU, HIDDEN), "polynorm": (PolyNormMLP, HIDDEN),
         "polynorm_gated": (GatedPolyNorm, HIDDEN), "ngpt": (NGPTMLP, HIDDEN), "fan": (FANMLP, HIDDEN + FOURIER)}
 NORMS = {"pre": (PreNorm, ()), "lns": (LayerNormScaling, ()), "hybrid": (HybridNorm, ()),
-         "hybrid_star": (hybrid_star, ()), "ngpt": (SphereNorm, ())}
+         "hybrid_star": (hybrid_star, ()), "pre_post": (PrePostNorm, ()), "ngpt": (SphereNorm, ())}
 RESIDUALS = {"add": (Add, ()), "gated": (GatedResidual, ()), "gpas": (GPAS, ("gpas_clip",)),
              "ngpt": (SphereResidual, ())}
 POSITIONS = {"rope": (NoPositions, ()), "none": (NoPositions, ()), "learned": (LearnedPositions, ()),

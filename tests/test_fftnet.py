@@ -12,7 +12,7 @@ from fftnet import CHUNK, FFTNet, FilterBank, modrelu, rotate, running_mean, run
 from linear import CoLA
 from test_causality import C as WIDTH
 from test_causality import apart, awake, batch, jacobian, prefix
-from train_gpt2 import roles
+from train_gpt2 import GPT, Config, roles
 
 CASES = [dict(), dict(modes=3), dict(filter="bank"), dict(filter="bank", modes=2)]
 MILD, STRONG = 0.05, 20.0                                   # -g: a token forgets 5%, or all but 2e-9
@@ -226,6 +226,7 @@ def test_parameters_by_hand():
     dim, H = 512, 8                                         # q, k, v, gate, proj; forget; context; convolutions
     running = FFTNet(dim, 64, n_head=H)                     # theta, bias; base, threshold: M = 32 a head
     assert count(running) == 5 * dim**2 + H * dim + 2 * 64 * dim + 4 * 4 * dim + H * 32 + H + 3 * H * 32
+    assert count(FFTNet(dim, 64, n_head=H, hidden=100)) == count(running) + (100 - 64) * 2 * dim
     few = FFTNet(dim, 64, n_head=H, modes=4)
     assert count(few) == (3 * dim**2 + 2 * 64 * dim + H * dim + 64 * (dim + 64) + 4 * (2 * dim + 2 * 64)
                           + H * 4 + H + 3 * H * 4)
@@ -295,3 +296,19 @@ def test_the_factory_makes_the_large_projections():
 def test_sizes_that_do_not_fit(knobs):
     with pytest.raises(ValueError, match="fftnet: .*running, bank.*--fftnet_filter"):
         layer(**knobs)
+
+
+@pytest.mark.parametrize("filter", ["running", "bank"])
+def test_the_model_of_the_recipe_is_causal_and_decodes(filter):
+    cfg = Config(mixer="fftnet", fftnet_filter=filter, fftnet_hidden=48, mlp="gelu", norm="pre_post", pos="sinusoidal",
+                 embed_scale=True, embed_norm=False, logit_softcap=0.0, zero_init=False, dropout=0.1,
+                 n_layer=3, n_head=4, n_embd=32, sequence_length=70, vocab_size=50)
+    m, idx = awake(GPT(cfg)).eval(), torch.randint(50, (2, 70))
+    state, columns = m.init_state(2), []
+    for t in range(70):
+        y, state = m.step(idx[:, t], state)
+        columns.append(y)
+    assert apart(torch.stack(columns, 1), m(idx)) < 1e-4
+    for cut in (1, 23, 64, 69):                             # bit for bit: no FFT of the data
+        other = torch.cat((idx[:, :cut], torch.randint(50, (2, 70 - cut))), 1)
+        assert torch.equal(m(other)[:, :cut], m(idx)[:, :cut])

@@ -18,9 +18,9 @@ from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, bui
 PLAIN = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=50, sequence_length=16, mixer="attn", mlp="gelu", pos="none",
              zero_init=True, tie_embeddings=False, pad_vocab=True, embed_norm=False, logit_softcap=0.0,
              value_residual=False, x0_shortcut=False, unet_skips=False, branch_scale=False)
-SWITCHES = [dict(embed_norm=True), dict(logit_softcap=5.0), dict(value_residual=True), dict(x0_shortcut=True),
-            dict(unet_skips=True), dict(branch_scale=True), dict(head_norm="none"), dict(short_conv=True),
-            dict(mlp="relu2"), *(dict(pos=row) for row in POSITIONS if row != "none")]
+SWITCHES = [dict(embed_norm=True), dict(embed_scale=True), dict(logit_softcap=5.0), dict(value_residual=True),
+            dict(x0_shortcut=True), dict(unet_skips=True), dict(branch_scale=True), dict(head_norm="none"),
+            dict(short_conv=True), dict(mlp="relu2"), *(dict(pos=row) for row in POSITIONS if row != "none")]
 ALL_ON = dict(mixer="afno,attn", n_layer=5, embed_norm=True, logit_softcap=15.0, value_residual=True, x0_shortcut=True,
               unet_skips=True, branch_scale=True, short_conv=True)
 

@@ -287,7 +287,8 @@ def test_logit_gain_without_the_rest():
 REFUSED = [(dict(residual="add"), "length 1"), (dict(residual="gpas"), "length 1"), (dict(norm="pre"), "unit vectors"),
            (dict(norm="lns"), "unit"), (dict(norm="hybrid", head_norm="qkv", mixer="attn"), "unit"),
            (dict(linear="cola"), "channels"), (dict(weight_decay=0.01), "grow"), (dict(zero_init=True), "zeros"),
-           (dict(embed_norm=True), "already"), (dict(pos="learned"), "sum"), (dict(pos="sinusoidal"), "sum"),
+           (dict(embed_norm=True), "already"), (dict(embed_scale=True), "stay"),
+           (dict(pos="learned"), "sum"), (dict(pos="sinusoidal"), "sum"),
            (dict(x0_shortcut=True), "embedding"), (dict(unet_skips=True), "layer"), (dict(branch_scale=True), "lost"),
            (dict(head_norm="none"), "head_norm")]
 

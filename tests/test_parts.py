@@ -107,6 +107,7 @@ class StraightThrough(torch.autograd.Function):             # GPAS's two rules, 
 def plain_block(cfg, layer, x, P):
     """A block of attention and SwiGLU in every norm and residual, from the papers' equations."""
     hybrid = cfg.norm == "hybrid" or cfg.norm == "hybrid_star" and layer > 0
+    post = cfg.norm == "pre_post"
     scale = 1 / math.sqrt(layer + 1) if cfg.norm == "lns" else 1.0
 
     def head_norm(q, k, v):
@@ -118,19 +119,22 @@ def plain_block(cfg, layer, x, P):
         if cfg.residual == "gated":
             return x + y / (1 + torch.exp(-P["residual.g"][branch]))
         return StraightThrough.apply(x + y, P["residual.a"]) if cfg.residual == "gpas" else x + y
+    if post and layer:
+        x = rms(x) * P["norm.gain"][1]
     h = x if hybrid else scale * rms(x)
     y = attend(*(h @ P[f"mixer.{w}.weight"].T for w in "qkv"), head_norm) @ P["mixer.proj.weight"].T
     x = join(x, y, 0)
     if hybrid:
         x = h = rms(x) * P["norm.gain"]
     else:
+        x = rms(x) * P["norm.gain"][0] if post else x
         h = scale * rms(x)
     gate, up = h @ P["mlp.gate.weight"].T, h @ P["mlp.fc.weight"].T
     return join(x, (gate * torch.sigmoid(gate) * up) @ P["mlp.proj.weight"].T, 1)
 
 
-KINDS = [(norm, residual) for norm in ("pre", "lns", "hybrid", "hybrid_star") for residual in ("add", "gated", "gpas")
-         if residual != "gpas" or norm in ("pre", "lns")]    # HybridNorm refuses GPAS
+KINDS = [(norm, residual) for norm in ("pre", "lns", "hybrid", "hybrid_star", "pre_post")
+         for residual in ("add", "gated", "gpas") if residual != "gpas" or norm in ("pre", "lns")]       # else refused
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -226,6 +230,21 @@ def test_hybrid_star_differs_in_its_first_block_only():
     m = model(norm="hybrid_star", head_norm="qkv")
     assert [type(b.norm) for b in m.blocks] == [PreNorm, HybridNorm, HybridNorm]
     assert all(type(b.mixer.head_norm) is QKVNorm for b in m.blocks)         # kept in the first
+
+
+def test_pre_post_norms_stand_around_every_branch():
+    """As the published FFTNet has it: x = E sqrt(C) + positions, then x = norm(x + f(norm x)) for every branch."""
+    m, idx = model(norm="pre_post", pos="sinusoidal", embed_norm=False, embed_scale=True, logit_softcap=0.0), tokens()
+    place = torch.arange(T)[:, None] / 10000.0 ** (torch.arange(0, C, 2).double() / C)
+    x = m.wte(idx) * math.sqrt(C) + torch.cat((place.sin(), place.cos()), -1)
+    for i, block in enumerate(m.blocks):
+        x = rms(x + block.mixer(rms(x))) * block.norm.gain[0]
+        x = rms(x + block.mlp(rms(x))) * (m.blocks[i + 1].norm.gain[1] if i < 2 else 1.0)
+    assert apart(m(idx), x @ m.head.weight[:50].T) < 1e-6    # logits are fp32
+    fresh, table = GPT(config(norm="pre_post")), roles(m)
+    assert [tuple(b.norm.gain.shape) for b in m.blocks] == [(1, C), (2, C), (2, C)]
+    assert all((b.norm.gain == 1).all() for b in fresh.blocks)
+    assert all(table[b.norm.gain] == "vector" for b in m.blocks)
 
 
 @pytest.mark.parametrize("a", [-1.3, 0.0, 0.7, 3.0])

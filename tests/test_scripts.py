@@ -9,19 +9,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(script, *flags):
-    env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+def run(script, *flags, python=sys.executable):
+    env = os.environ | {"PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", ROOT / script, *map(str, flags)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("script", ["run_afno.sh", "run_attn.sh", "run_fan.sh", "run_neollm.sh", "run_nanoformer.sh"])
+@pytest.mark.parametrize("script", ["run_afno.sh", "run_attn.sh", "run_fan.sh", "run_neollm.sh", "run_nanoformer.sh",
+                                    "run_fftnet.sh"])
 def test_the_embedded_run_from_check_to_sample(script, tmp_path):
     if script == "run_neollm.sh":
         pytest.importorskip("pytorch_optimizer")
     done = run(script, "--num_iterations", 2, "--val_tokens", 1024, "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "no CUDA device" in done.stdout and "final val_loss:" in done.stdout and "a sample" in done.stdout
+    assert ("no CUDA device" in done.stdout) == (script != "run_fftnet.sh")     # which has no race
+    assert "final val_loss:" in done.stdout and "a sample" in done.stdout
     assert len(list(tmp_path.glob("*/log.txt"))) == len(list(tmp_path.glob("*/model.pt"))) == 1
 
 
@@ -82,6 +84,29 @@ def test_nanoformer_by_documents(tmp_path):
     assert done.returncode == 0 and "final val_loss:" in done.stdout, done.stderr
     done = run("run_nanoformer.sh", "--mixer", "ngpt", "--weight_decay", 0.1)
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1 and "normalised weights" in done.stderr
+
+
+def test_fftnet_has_the_size_of_its_sum():
+    C, V, hidden, heads, layers = 128, 256, 512, 4, 4
+    def layer(M, spectrum):                                                     # M complex numbers a token's filter
+        filter = 2 * M * C + hidden * (C + 2 * M) + 2 * M + M                   # W_q, the MLP, base and threshold
+        return filter + 3 * C * C + 4 * (2 * M + 2 * C) + spectrum + 2 * 4 * C * C      # v gate proj, conv; the MLP
+    running = 2 * 64 * C + 4 * 2 * 64 + heads * C + 64 + heads                  # k and its conv, forget; theta, bias
+    bank = heads * (2 * 16 + 2 * 16 * 8 + 2 * 16 * 16 + 2 * 16 * 8 + 2 * 16 + 2 * 8) + 2 * 16       # FourierKernel's
+    for filter, count in (("running", layer(64, running)), ("bank", layer(16, bank))):
+        count = 2 * C * V + layers * count + (2 * layers - 1) * C               # the embedding has no outer norm
+        text = run("run_fftnet.sh", "--fftnet_filter", filter, "--estimate").stdout
+        assert f"parameters     {count:,} " in text and "vocabulary 256" in text
+
+
+def test_fftnet_takes_the_embedded_text_on_any_device(tmp_path):
+    python = tmp_path / "python"                                                # says yes to a GPU, fetches nothing
+    python.write_text(f'#!/bin/sh\ncase "$*" in *is_available*) exit 0;; *fineweb*) exit 9;; esac\n'
+                      f'exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = run("run_fftnet.sh", "--fftnet_filter", "bank", "--num_iterations", 1, "--batch_size", 4,
+               "--val_tokens", 128, "--output_dir", tmp_path / "logs", python=str(python))
+    assert done.returncode == 0 and "final val_loss:" in done.stdout and "a sample" in done.stdout, done.stderr
 
 
 def test_a_wrong_flag_is_one_line():
