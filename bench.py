@@ -71,18 +71,22 @@ BENCHES = {"gdn": gdn, "mixers": mixers, "scaling": scaling}
 
 
 def measure(contenders, repeats, device):
-    """{name: milliseconds of each repeat}, interleaved, after one untimed turn."""
+    """{name: milliseconds of each repeat}, interleaved.
+
+    An untimed call comes before each timed one: else a contender also pays for the memory that the last one gave back.
+    """
     times = {name: [] for name in contenders}
     precision = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            with precision:
-                run()
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            for timed in (False, True):
+                start = time.perf_counter()
+                with precision:
+                    run()
+                if device.type != "cpu":
+                    getattr(torch, device.type).synchronize()
+                if timed:
+                    times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
 

@@ -46,13 +46,14 @@ class ChunkwiseRule(torch.autograd.Function):
         A, P = (K @ Kb.mT).mul_(D), (Q @ Kb.mT).mul_(D)
         # By a triangular solve: a product of powers of A is off by 1e10 in fp32 where keys repeat.
         M = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
-        H, S, E = len(S), [S], []
-        for v, m, k_in, k_out, decay in zip(*(x.split(H) for x in (V, M, since * K, left * Kb, since[:, -1:]))):
-            E.append(m @ torch.baddbmm(v, k_in, S[-1], alpha=-1))
-            S.append((decay * S[-1]).baddbmm_(k_out.mT, E[-1]))
-        last, S, E = S[-1], torch.cat(S), torch.cat(E)
+        H, E = len(S), torch.empty_like(V)
+        S = torch.cat((S, S.new_empty(len(V), *S.shape[1:])))
+        for s, then, v, m, k_in, k_out, decay, e in zip(S.split(H), S[H:].split(H), *(x.split(H) for x in (
+                V, M, since * K, left * Kb, since[:, -1:], E))):
+            torch.bmm(m, torch.baddbmm(v, k_in, s, alpha=-1), out=e)
+            torch.mul(decay, s, out=then).baddbmm_(k_out.mT, e)
         ctx.save_for_backward(Q, K, b, D, since, left, P, M, S, E)
-        return (since * Q @ S[:-H]).baddbmm_(P, E), last
+        return (since * Q @ S[:-H]).baddbmm_(P, E), S[-H:].clone()
 
     @staticmethod
     def backward(ctx, dO, dS):
@@ -60,12 +61,13 @@ class ChunkwiseRule(torch.autograd.Function):
             raise RuntimeError("the chunkwise gated delta rule is differentiable once: not with create_graph=True")
         Q, K, b, D, since, left, P, M, S, E = ctx.saved_tensors
         with torch.autocast(dO.device.type, enabled=False):
-            dO, dS, dR, H, Kb = dO.contiguous(), [dS], [], len(dS), b * K      # an expanded dO is slow to multiply
-            for dE, dS_O, m, k_in, k_out, decay in zip(*(x.split(H)[::-1] for x in (
-                    P.mT @ dO, (since * Q).mT @ dO, M, since * K, left * Kb, since[:, -1:]))):
-                dR.append(m.mT @ torch.baddbmm(dE, k_out, dS[-1]))
-                dS.append(torch.baddbmm(dS_O, k_in.mT, dR[-1], alpha=-1).addcmul_(decay, dS[-1]))
-            first, dS, dR, before = dS.pop(), torch.cat(dS[::-1]), torch.cat(dR[::-1]), S[:-H].mT
+            dO, dR, H, Kb = dO.contiguous(), torch.empty_like(E), len(dS), b * K
+            dS = torch.cat(((since * Q).mT @ dO, dS))                          # what O asks of S, then all that S gets
+            for ds, then, de, m, k_in, k_out, decay, dr in zip(*(x.split(H)[::-1] for x in (
+                    dS[:-H], dS[H:], P.mT @ dO, M, since * K, left * Kb, since[:, -1:], dR))):
+                torch.bmm(m.mT, de.baddbmm_(k_out, then), out=dr)
+                ds.baddbmm_(k_in.mT, dr, alpha=-1).addcmul_(decay, then)
+            first, dS, before = dS[:H].clone(), dS[H:], S[:-H].mT
             minus_dA, dP = (dR @ E.mT).mul_(D).tril_(-1), (dO @ E.mT).mul_(D)
             dQ = (dO @ before).mul_(since).baddbmm_(dP, Kb)
             dK = (dR @ before).mul_(since).baddbmm_(minus_dA, Kb).neg_()
