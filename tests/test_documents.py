@@ -203,3 +203,14 @@ def test_a_run_learns_from_documents(tmp_path, batches, capsys):
     assert ("documents of" in capsys.readouterr().out) == (batches == "padded")
     assert main(parse(flags)) < 3.6                         # from ln 256 = 5.5
     assert ("tokens:20480 " in capsys.readouterr().out) == (batches == "packed")         # padding is not counted
+
+
+def test_a_windows_flops_and_the_logits_scale():
+    """Scores and mixing of the pairs that are seen; a factor on the logits."""
+    pairs = sum(min(t + 1, 10) for t in range(T)) / T
+    windowed, whole = (build("mixer", "attn", Config(**SIZES, mixer="attn", window=w), 32, T) for w in (10, 0))
+    assert windowed.flops(T) == pytest.approx(4 * 32 * pairs, rel=0.02) and whole.flops(T) == 4 * 32 * T / 2
+    assert build("mixer", "attn", Config(**SIZES, mixer="attn", window=T + 9), 32, T).flops(T) == whole.flops(T)
+    idx = torch.from_numpy(documents(T)[0])[None]
+    one, half = (model(mixer="attn", logit_scale=s, logit_softcap=0.0)(idx) for s in (1.0, 0.5))
+    assert (one / 2 - half).abs().max() < 1e-12
