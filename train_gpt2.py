@@ -343,7 +343,7 @@ class GPT(nn.Module):
                                     self.cfg.logit_softcap, self.cfg.vocab_size)
 
     def init_state(self, B):
-        return [block.mixer.init_state(B) for block in self.blocks], 0, self.wte.weight.new_zeros(B, dtype=torch.long)
+        return [block.mixer.init_state(B) for block in self.blocks], 0, self.head.weight.new_zeros(B, dtype=torch.long)
 
     def step(self, idx, state):
         """One token, idx (B,) -> logits (B, V): the same numbers as forward's column t, at the cost of one column."""
