@@ -68,8 +68,8 @@ def sdpa(q, k, v, **mask):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.size(1) < q.size(1), **mask)
 
 
-def flex(q, k, v, block_mask):
-    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=k.size(1) < q.size(1))
+def flex(q, k, v, block_mask):                              # takes one dtype only; norms under autocast may give fp32
+    return flex_attention(q.type_as(v), k.type_as(v), v, block_mask=block_mask, enable_gqa=k.size(1) < q.size(1))
 
 
 def visible(window, docs):
@@ -82,12 +82,12 @@ def visible(window, docs):
     return rule
 
 
-def causal_kernel(window, docs, T, device):
-    """FlexAttention skips the blocks that a mask empties, but only compiled, and has no backward on a CPU."""
+def causal_kernel(window, docs, T, D, device):
+    """FlexAttention skips what a mask hides, but only compiled, from D = 16 on, and with no backward on a CPU."""
     if not window and docs is None:
         return partial(sdpa, is_causal=True)
     rule, B, t = visible(window, docs), 1 if docs is None else len(docs), torch.arange(T, device=device)
-    if device.type == "cuda" and torch.compiler.is_compiling():
+    if device.type == "cuda" and D >= 16 and torch.compiler.is_compiling():
         return partial(flex, block_mask=create_block_mask(rule, B, None, T, T, device=device))
     return partial(sdpa, attn_mask=rule(torch.arange(B, device=device)[:, None, None, None], 0, t[:, None], t))
 
@@ -139,7 +139,7 @@ class CausalSelfAttention(nn.Module):
         z, T = self.qkv(x), x.size(1)
         at = slice(T) if docs is None else torch.arange(T, device=x.device) - docs
         q, k, v = self.heads(z if self.short_conv is None else self.short_conv(z), v1, at)
-        kernel = causal_kernel(self.window, docs, T, x.device)
+        kernel = causal_kernel(self.window, docs, T, self.head_dim, x.device)
         return self.proj(self.attend(x, q, k, v, kernel).transpose(1, 2).flatten(2))
 
     def init_state(self, B):

@@ -12,13 +12,18 @@ import torch
 DOCUMENT_TOKENS = {50257: 50256, 151665: 151643}            # {vocabulary: token that starts a document}
 
 
-def document_token(cfg, shards):
-    """The token that starts a document in these shards. Raises SystemExit where none is known or none is there."""
-    token = cfg.document_token if cfg.document_token >= 0 else DOCUMENT_TOKENS.get(cfg.vocab_size, cfg.vocab_size)
-    if token >= cfg.vocab_size:
-        raise SystemExit(f"--batches {cfg.batches}: no token of a vocabulary of {cfg.vocab_size:,} is known to start a "
-                         "document: name one by --document_token")
-    if not cfg.estimate and not any((tokens == token).any() for tokens in shards.values()):
+def document_token(cfg, shards, vocab):
+    """The token that starts a document in shards of `vocab` tokens. Raises SystemExit: none is known, or none is there.
+
+    A model of another vocabulary may be estimated on any shards; these are then not looked into.
+    """
+    others = cfg.estimate and cfg.vocab_size != vocab
+    size = cfg.vocab_size if others else vocab
+    token = cfg.document_token if cfg.document_token >= 0 else DOCUMENT_TOKENS.get(size, size)
+    if token >= size:
+        raise SystemExit(f"--batches {cfg.batches}: no token of a vocabulary of {size:,} is known to start a document: "
+                         "name one by --document_token")
+    if not others and not any((tokens == token).any() for tokens in shards.values()):
         raise SystemExit(f"{next(iter(shards))}: no document starts with token {token}: see --document_token")
     return token
 
@@ -48,7 +53,7 @@ class Windows:
         windows = [max(0, (len(s) - 1 - (T - 1) * self.shuffle) // T) for s in self.shards]
         if not sum(windows):
             raise SystemExit(f"{path}: shorter than a sequence of {T:,} tokens: lower --sequence_length")
-        self.ends = np.cumsum(windows)
+        self.ends, self.per_step = np.cumsum(windows), self.cfg.tokens_per_step       # targets, by all processes
 
     def __len__(self):
         return int(self.ends[-1])
@@ -114,9 +119,10 @@ class Padded(Windows):
     """Whole documents, of like lengths together, padded at the end; those of more than T tokens in several pieces.
 
     A row is a document's tokens and the next document's first, which ends it: an epoch predicts every token of a shard
-    but the first. A micro-batch takes as many rows of one width, a multiple of 8, as fit into batch_size * T tokens.
-    Targets behind the end are -1, which no loss counts, and what stands there is not seen from before: any causal mixer
-    will do.
+    but the first. A micro-batch takes as many rows of one width, a multiple of 8 or T, as fit into batch_size * T
+    tokens. Targets behind the end are -1, which no loss counts, and what stands there is not seen from before: any
+    causal mixer will do. Compiled, attention has one graph for all widths; mixers of chunks or long kernels have one a
+    width, and from torch's eighth on run uncompiled.
     """
     needs = {"shuffle": ((True,), "documents of one length would follow one another")}
 
@@ -148,6 +154,7 @@ class Padded(Windows):
             begins.append(min(len(lengths), begins[-1] + self.cfg.batch_size * T // width))
             self.padded += width * (begins[-1] - begins[-2])
         self.begins, self.sums = np.array(begins), np.add.reduceat(lengths, begins[:-1])
+        self.per_step = round(self.cfg.grad_accumulation_steps * self.sums.mean())   # on average
         self.plan = None, None, None
 
     def __len__(self):

@@ -47,6 +47,8 @@ class HybridNorm(PreNorm):
 
     The residual carries z, not y. Source: arXiv 2503.04598, github.com/BryceZhuo/HybridNorm.
     """
+    needs = {"head_norm": (("qkv",), "HybridNorm normalises inside the heads: add --head_norm qkv")}
+
     def __init__(self, dim, layer):
         super().__init__(dim, layer)
         self.gain = nn.Parameter(torch.ones(dim))
@@ -62,6 +64,9 @@ class HybridNorm(PreNorm):
 def hybrid_star(dim, layer):
     """HybridNorm*: as HybridNorm, but the first block is pre-norm in both branches."""
     return HybridNorm(dim, layer) if layer else PreNorm(dim, layer)
+
+
+hybrid_star.needs = HybridNorm.needs
 
 
 class PrePostNorm(PreNorm):

@@ -46,8 +46,7 @@ class ChunkwiseRule(torch.autograd.Function):
         A, P = (K @ Kb.mT).mul_(D), (Q @ Kb.mT).mul_(D)
         # By a triangular solve: a product of powers of A is off by 1e10 in fp32 where keys repeat.
         M = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
-        H, E = len(S), torch.empty_like(V)
-        S = torch.cat((S, S.new_empty(len(V), *S.shape[1:])))
+        H, E, S = len(S), torch.empty_like(V), torch.cat((S, S.new_empty(len(V), *S.shape[1:])))
         for s, then, v, m, k_in, k_out, decay, e in zip(S.split(H), S[H:].split(H), *(x.split(H) for x in (
                 V, M, since * K, left * Kb, since[:, -1:], E))):
             torch.bmm(m, torch.baddbmm(v, k_in, s, alpha=-1), out=e)
@@ -86,7 +85,7 @@ def gated_delta_rule(q, k, v, g, beta, chunk=32, state=None):
     (B, T, H, dk), dtype, C, o = k.shape, torch.promote_types(v.dtype, torch.float32), min(chunk, k.size(1)), []
     x = [u.to(dtype) for u in (q, k, v, beta[..., None], g[..., None])]
     x = [F.pad(u, (0, 0, 0, 0, 0, -T % C)) for u in x] if T % C else x         # zeros leave the state alone
-    # On a CPU one stretch of time after another, half a MB a tensor, so that what is in work stays in the cache.
+    # On a CPU one stretch of time after another, half a MB a tensor: what is in work stays in the cache.
     span = C * max(1, 2 ** 17 // (B * H * dk * C)) if v.device.type == "cpu" else x[0].size(1)
     S = x[2].new_zeros(B * H, dk, v.size(-1)) if state is None else state.to(dtype).flatten(0, 1)
     with torch.autocast(v.device.type, enabled=False):
@@ -110,7 +109,7 @@ def best_rule(device="cuda"):
     if torch.cuda.is_available():
         try:
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule as kernel
-            u = torch.rand(5, 1, 100, 2, 64, generator=torch.Generator().manual_seed(0)).to(device)    # not the run's
+            u = torch.rand(5, 1, 100, 2, 64, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
             x = [y.requires_grad_() for y in (*F.normalize(u[:3] - .5, dim=-1).bfloat16(), -u[3, ..., 0], u[4, ..., 0])]
             with torch.enable_grad():
                 ours, its = ((o, S, *torch.autograd.grad(o.float().sum() + S.sum(), x)) for o, S in (
@@ -141,8 +140,7 @@ class GatedDeltaNet(nn.Module):
         self.n_head, self.dk, self.dv, self.share = n_head, dk, dv, n_head // k_heads
         self.chunk, self.beta_max, self.rule = chunk, 2.0 if neg_eigval else 1.0, best_rule()
         self.widths = (k_heads * dk, k_heads * dk, n_head * dv)
-        self.q, self.k, self.v = (linear(dim, width, bias=False) for width in self.widths)
-        self.gate = linear(dim, n_head * dv, bias=False)
+        self.q, self.k, self.v, self.gate = (linear(dim, w, bias=False) for w in (*self.widths, n_head * dv))
         self.a, self.b = (nn.Linear(dim, n_head, bias=False) for _ in range(2))
         self.short_conv = ShortConv(sum(self.widths))
         # Mamba-2's start: decays from e^-1.6 a token to almost none, all heads different.
@@ -159,8 +157,8 @@ class GatedDeltaNet(nn.Module):
     def value(self, x):                                              # of a value residual, (B, T, n_head * dv)
         return self.v(x)
 
-    def qkv(self, x, v1=None):
-        return torch.cat((self.q(x), self.k(x), self.v(x) if v1 is None else self.v(x) + v1), dim=-1)
+    def qkv(self, x, v1):
+        return torch.cat((self.q(x), self.k(x), self.v(x) + (0 if v1 is None else v1)), dim=-1)
 
     def heads(self, z, x):                                           # -> q, k, v (..., H, d), g and beta (..., H)
         q, k, v = F.silu(z).split(self.widths, dim=-1)

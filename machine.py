@@ -43,8 +43,8 @@ def matmul_flops(n=1024, tries=5):
 def report(cfg, model, roles, device, data=None):
     """The text of --estimate; the model may live on the meta device, nothing is allocated. data: as in BATCHES."""
     count = {role: sum(p.numel() for p in roles if roles[p] == role) for role in sorted(set(roles.values()))}
-    params, tokens, flops = sum(count.values()), cfg.tokens_per_step * cfg.num_iterations, flops_per_token(
-        roles, model.blocks, cfg.sequence_length)
+    step, params = data.per_step if data else cfg.tokens_per_step, sum(count.values())
+    tokens, flops = step * cfg.num_iterations, flops_per_token(roles, model.blocks, cfg.sequence_length)
     width = 2 if device.type == "cuda" else 4                        # bytes of an activation
     inner, other = {"muon": (1, 2), "ademamix": (3, 3), "soap": (10, 2)}.get(cfg.optim, (2, 2))
     matrices = count.get("matrix", 0) + count.get("proj", 0)         # inner, other: an optimizer's numbers a weight
@@ -56,8 +56,8 @@ def report(cfg, model, roles, device, data=None):
         ("model", f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} channels, vocabulary {cfg.vocab_size:,}; "
                   f"mixer {cfg.mixer}, mlp {cfg.mlp}, optim {cfg.optim}"),
         ("parameters", f"{params:,} ({', '.join(f'{role} {n:,}' for role, n in count.items())})"),
-        ("tokens a step", f"{cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
-                          f"{cfg.grad_accumulation_steps}"),
+        ("tokens a step", f"{step:,} of {cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
+                          f"{cfg.grad_accumulation_steps}".removeprefix(f"{cfg.tokens_per_step:,} of ")),
         ("tokens", f"{tokens:,} in {cfg.num_iterations:,} steps"),
         *([("data", f"{data}: {tokens / data.targets(len(data)):.2f} epochs")] if data else []),
         ("FLOPs a token", f"{flops:,} (training: forward and backward)"),

@@ -118,6 +118,9 @@ class NGPTAttention(CausalSelfAttention):
     q and k share the scale s, so q carries s^2: the same scores, and grouped keys need no scales of their own. It also
     carries D, which turns the kernel's 1 / sqrt(D) into the paper's sqrt(D). (B, T, C) -> (B, T, C).
     """
+    needs = {"norm": (("ngpt", "pre", "pre_post"), "its scales take the place of what that norm does"),
+             "residual": (("ngpt", "add", "gated"), "its scales take the place of what that residual does")}
+
     def __init__(self, dim, seq_len, **attention):
         super().__init__(dim, seq_len, head_norm=NoHeadNorm, **attention)
         self.s_qk = Scale(dim, scale=dim ** -0.5)

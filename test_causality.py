@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from tests.published import PUBLISHED, ZeroPaddedAFNO
+from published import PUBLISHED, ZeroPaddedAFNO
 from train_gpt2 import GPT, MIXERS, Config, build
 
 T, C, V = 151, 32, 16                                       # longer than a block of 128, and a multiple of nothing
@@ -176,7 +176,7 @@ def test_eval_mode(case):
     assert torch.equal(m.train()(x), m.eval()(x)) and prefix(m)[0] < prefix(m)[1]
 
 
-# Planted leaks: a test that has never failed proves little. The published ones are in tests/published.py.
+# Planted leaks: a test that has never failed proves little. The published ones are in published.py.
 
 def band(x, first, last):                                   # sum over lags first..last
     ones = torch.ones(x.size(1), x.size(1), dtype=x.dtype)

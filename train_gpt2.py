@@ -212,8 +212,6 @@ class Config:
 
 CLASHES = {                                                 # {why: settings that contradict one another}
     "LNS is the scale of the branches: drop one": dict(norm=("lns",), branch_scale=(True,)),
-    "HybridNorm normalises inside the heads: add --head_norm qkv": dict(
-        norm=("hybrid", "hybrid_star"), head_norm=("none", "qk")),
     "its schedule takes the logarithm": dict(optim=("ademamix",), adam_beta1=(0.0,)),
     "there are no low-rank products to keep: add --linear cola": dict(linear=("dense",), recompute=("cola",)),
     "this norm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
@@ -221,7 +219,7 @@ CLASHES = {                                                 # {why: settings tha
 }
 LEAST = dict.fromkeys(("warmup_iters", "warmdown_iters", "document_token"), -1) | dict.fromkeys((
     "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
-    "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25,
+    "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25, "logit_scale": 1e-6,
                                                "ademamix_beta3": 1e-6, "soap_frequency": 1, "gdn_chunk": 1}
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "ademamix_beta3": 1, "soap_beta": 1, "dropout": 1,
          "seed": 2**63} | dict.fromkeys(                            # and what it stays below; else inf
@@ -513,7 +511,7 @@ def main(cfg):
     if max(vocab, val_vocab) > cfg.vocab_size:
         raise SystemExit(f"vocabulary of {cfg.vocab_size}, but training shards have {vocab}, validation {val_vocab}")
     make, knobs = BATCHES[cfg.batches]
-    cfg = replace(cfg, document_token=document_token(cfg, shards)) if knobs else cfg
+    cfg = replace(cfg, document_token=document_token(cfg, shards, vocab)) if knobs else cfg
     windows, val_windows = make(shards, cfg, rank, world), make(val_shards, cfg, shuffle=False)
     val_n = val_windows.first(cfg.val_tokens)
     if cfg.estimate:                                        # after every check of flags and data, before any weights
@@ -533,17 +531,21 @@ def main(cfg):
     log = Log(cfg, device, world, shards | val_shards) if rank == 0 else None
     say = log or (lambda line: None)
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {cfg.num_iterations:,} steps of "
-        f"{cfg.tokens_per_step:,} tokens, validated on {val_windows.targets(val_n):,} tokens")
+        f"{windows.per_step:,} tokens, validated on {val_windows.targets(val_n):,} tokens")
 
     autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else nullcontext
     compiled = cfg.compile if cfg.compile is not None else device.type == "cuda"
     if hasattr(torch._functorch.config, "backward_pass_autocast"):       # else the backward of an fp32 island that is
         torch._functorch.config.backward_pass_autocast = "off"           # compiled under autocast runs in bf16
     forward, stream, clock = torch.compile(model) if compiled else model, windows.stream(device), Clock(device)
-    if compiled:                                            # compile outside the clock: one dummy pass, no step
-        for x, y, _ in next(windows.stream(device))[0][:2]:  # two, as documents differ in length
-            with autocast():
-                forward(x, y).backward()
+    if compiled:                                            # compile outside the clock, without a step
+        warm, seen = windows.stream(device), set()
+        for x, y, _ in (batch for _ in range(8) for batch in next(warm)[0]):
+            if x.shape not in seen and len(seen) < 2:       # of documents: a second shape makes a graph for all
+                with autocast():
+                    forward(x, y).backward()
+            seen.add(x.shape)
+        warm.close()
         model.zero_grad(set_to_none=True)
     compile_time, clock, reached, tokens = clock.stop(), Clock(device), None, 0
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import flex, visible
-from batches import Packed, Padded
+from batches import Packed, Padded, document_token
 from test_causality import awake
 from train_gpt2 import GPT, MIXERS, Config, build, main, parse
 
@@ -186,12 +186,33 @@ def test_packed_rows_are_windows_and_mark_no_padding():
     ("--batches packed --document_token 10 --mixer attn,gdn", "gdn as set here cannot keep documents apart"),
     ("--document_token 10", "--document_token has no effect here"),
     ("--batches padded --no-shuffle", "--batches padded with --shuffle False"),
+    ("--mixer ngpt --norm lns", "--mixer ngpt with --norm lns"),
+    ("--mixer ngpt --residual gpas", "--mixer ngpt with --residual gpas"),
+    ("--mixer afno --norm hybrid", "--norm hybrid with --head_norm qk"),
+    ("--logit_scale 0", "--logit_scale 0.0 is out of range"),
+    ("--batches padded --document_token 0 --estimate", "no document starts with token 0"),
     ("--mixer afno --window 8", "--window has no effect here"),
     ("--batches bags", "no such row; choose from windows, packed, padded"),
 ])
 def test_refusals(flags, why):
     with pytest.raises(SystemExit, match=why):
         main(parse(flags.split() + ["--output_dir", "/nonexistent"]))
+
+
+def test_processes_need_micro_batches():
+    docs = {"s": np.concatenate(documents(9, 30)).astype(np.uint16)}
+    cfg = Config(**SIZES, batches="padded", document_token=START, grad_accumulation_steps=3)
+    with pytest.raises(SystemExit, match="3 micro-batches of documents cannot be shared evenly by 2 processes"):
+        Padded(docs, cfg, 0, 2)
+
+
+def test_the_vocabulary_of_the_shards_names_the_token():
+    """Also under a model whose vocabulary is padded; an estimate for another vocabulary takes that one's."""
+    shards = {"s": np.array([50256, 1, 2])}
+    cfg = Config(**SIZES | dict(vocab_size=50304), batches="packed")
+    assert document_token(cfg, shards, 50257) == 50256
+    cfg = Config(**SIZES | dict(vocab_size=151665), batches="packed", estimate=True)
+    assert document_token(cfg, shards, 256) == 151643
 
 
 @pytest.mark.parametrize("batches", ["padded", "packed"])

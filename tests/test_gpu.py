@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import attention
 from afno import AFNO
 from conv import fft_conv, toeplitz_conv
 from muon import newton_schulz
@@ -70,13 +71,16 @@ def test_the_future_does_not_move_a_bit_of_the_past(knobs, compiled):
 @pytest.mark.parametrize("knobs", [dict(window=100), dict(window=100, n_kv_head=4), dict(row="diff", window=300),
                                    dict(batches="packed", document_token=7, window=300),
                                    dict(row="ngpt", batches="packed", document_token=7)], ids=str)
-def test_flex_attention_is_dense_masked_attention(knobs):
+def test_flex_attention_is_dense_masked_attention(knobs, monkeypatch):
     """Compiled, masks go to FlexAttention; else to a dense one: loss and gradients of two layers."""
     torch._dynamo.reset()
     knobs = dict(row="attn") | knobs
     m, idx, found = awake(model(config(**knobs))), tokens(), []
     idx[:, ::150] = 7                                       # where documents start
     for forward in (m, torch.compile(m)):
+        if forward is not m:
+            monkeypatch.setattr(attention, "sdpa", None)    # flex it must be
+            forward(idx[:1], idx[:1])                       # and for any number of rows
         m.zero_grad()
         with bf16():
             loss = forward(idx, idx.roll(-1, 1))

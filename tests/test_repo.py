@@ -32,7 +32,7 @@ def test_importing_runs_nothing(tmp_path):
 def test_four_dependencies():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines} == DEPENDENCIES and len(lines) == 4
-    local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]} | {"data", "tests"}
+    local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]} | {"data"}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
         for node in ast.parse(path.read_text()).body:       # what is optional is imported where it is used
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
