@@ -284,8 +284,9 @@ def test_logit_gain_without_the_rest():
 
 # ---------------------------------------------------------------- flags, decoding, precision, whole runs
 
-REFUSED = [(dict(residual="add"), "length 1"), (dict(residual="gpas"), "its scales"), (dict(norm="pre"), "unit vectors"),
-           (dict(norm="lns"), "its scales"), (dict(norm="hybrid", head_norm="qkv", mixer="attn"), "unit"),
+REFUSED = [(dict(residual="add"), "length 1"), (dict(residual="gpas"), "its scales"),
+           (dict(norm="pre"), "unit vectors"), (dict(norm="lns"), "its scales"),
+           (dict(norm="hybrid", head_norm="qkv", mixer="attn"), "unit"),
            (dict(linear="cola"), "channels"), (dict(weight_decay=0.01), "grow"), (dict(zero_init=True), "zeros"),
            (dict(embed_norm=True), "already"), (dict(embed_scale=True), "stay"),
            (dict(pos="learned"), "sum"), (dict(pos="sinusoidal"), "sum"),
