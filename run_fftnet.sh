@@ -5,8 +5,7 @@
 # - bytes, not cl100k_base: embedding and head of 100k tokens would be nearly all of so small a model;
 # - training and validation text are two files; theirs are random draws from overlapping windows, so most were seen;
 # - 160 steps of 16 windows at 0.003, a third of the text once, for minutes on a CPU; theirs are 30 epochs of every window
-#   at every offset, 64 a step, at 0.0001. Steps of 64 ended 0.15 higher after 655,360 tokens (1.892 at 0.003 against
-#   1.744 at 0.002, one seed).
+#   at every offset, 64 a step, at 0.0001.
 # - RMSNorm without gain or bias, except behind the sum; no biases; no decay of vectors and kernels; Adam's second beta is
 #   0.95 and the rate goes up and down in a trapezoid; all as elsewhere here.
 # Extra arguments pass through: --fftnet_filter bank is the other filter; --estimate shows what it costs; GPUS=N for more.

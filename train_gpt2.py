@@ -217,12 +217,13 @@ CLASHES = {                                                 # {why: settings tha
     "this norm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
     "RMSNorm takes the scale away: add --no-embed_norm": dict(embed_scale=(True,), embed_norm=(True,)),
 }
+# The smallest value a number may have, else 0; and what it stays below, else infinity.
 LEAST = dict.fromkeys(("warmup_iters", "warmdown_iters", "document_token"), -1) | dict.fromkeys((
     "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
     "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25, "logit_scale": 1e-6,
                                                "ademamix_beta3": 1e-6, "soap_frequency": 1, "gdn_chunk": 1}
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "ademamix_beta3": 1, "soap_beta": 1, "dropout": 1,
-         "seed": 2**63} | dict.fromkeys(                            # and what it stays below; else inf
+         "seed": 2**63} | dict.fromkeys(
              ("lr_start", "lr_end", "afno_hard_thresholding_fraction"), 1 + 1e-9)             # these may be 1
 SYNONYMS = {"fan_ratio": ("--p",)}
 
@@ -450,8 +451,7 @@ OPTIMS = {"adamw": (build_adamw, ()),
           "ademamix": (build_ademamix, ("ademamix_alpha", "ademamix_beta3", "ademamix_warmup")),
           "soap": (build_soap, ("soap_beta", "soap_frequency"))}
 AXES = {"mixer": MIXERS, "mlp": MLPS, "norm": NORMS, "residual": RESIDUALS, "linear": LINEARS, "head_norm": HEAD_NORMS,
-        "pos": POSITIONS, "recompute": RECOMPUTE, "batches": BATCHES, "optim": OPTIMS,
-        "schedule": SCHEDULES}
+        "pos": POSITIONS, "recompute": RECOMPUTE, "batches": BATCHES, "optim": OPTIMS, "schedule": SCHEDULES}
 
 
 def build(axis, row, cfg, *sizes, layer=0, **more):
