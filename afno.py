@@ -21,9 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from blocks import norm
-from conv import BACKENDS, BLOCK, ShortConv, toeplitz_conv
-from linear import Linear
+from kernels import BACKENDS, BLOCK, toeplitz_conv
+from parts import Linear, ShortConv, norm
 
 
 class FourierKernel(nn.Module):
@@ -108,7 +107,7 @@ class AFNO(nn.Module):
         return (T + BLOCK) * self.dim if self.conv is toeplitz_conv else int(10 * self.dim * math.log2(2 * T))
 
     def qkv(self, x, v1=None):
-        z = self.q.together(x, (self.q, self.k, self.v))
+        z = self.q.fused(x, (self.q, self.k, self.v))
         return z if v1 is None else torch.cat((z[..., :-self.dim], z[..., -self.dim:] + v1), dim=-1)
 
     def value(self, x):

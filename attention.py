@@ -9,9 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from blocks import norm
-from conv import ShortConv
-from linear import Linear
+from parts import Linear, ShortConv, norm
 
 
 class Rotary(nn.Module):
@@ -110,7 +108,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = linear(dim, dim)
 
     @property
-    def keeps_documents_apart(self):
+    def masks_documents(self):
         """May forward be given docs? A convolution knows no documents."""
         return self.short_conv is None
 
@@ -120,7 +118,7 @@ class CausalSelfAttention(nn.Module):
         return int(4 * self.n_head * self.head_dim * (W - W * W / (2 * T)))
 
     def qkv(self, x):                                       # -> (..., q and k and v side by side)
-        return self.q.together(x, (self.q, self.k, self.v))
+        return self.q.fused(x, (self.q, self.k, self.v))
 
     def value(self, x):
         """The values a value residual hands to later layers, (B, T, n_kv_head * D)."""

@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from conv import ShortConv
+from parts import ShortConv
 
 
 class ChunkwiseRule(torch.autograd.Function):

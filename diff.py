@@ -15,8 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import CausalSelfAttention
-from conv import ShortConv
-from linear import Linear
+from parts import Linear, ShortConv
 
 
 class DiffAttention(CausalSelfAttention):

@@ -12,8 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import CausalSelfAttention
-from linear import Linear
-from mlp import MLP
+from parts import MLP, Linear
 
 TRIG = {"both": (torch.cos, torch.sin), "sin": (torch.sin,)}
 
@@ -51,19 +50,6 @@ class FAN(CausalSelfAttention):
 
     def value(self, x):
         return self.v(self.fan(x))
-
-
-class TallFAN(FAN):
-    """ATF for deep and narrow models: queries and keys share a FAN layer, the values are one, without W_v."""
-    def __init__(self, dim, seq_len, *, ratio=0.125, trig="both", linear=Linear, **attention):
-        super().__init__(dim, seq_len, ratio=ratio, trig=trig, linear=linear, **attention)
-        self.v = FANLayer(dim, self.v.out_features, ratio=ratio, trig=trig, linear=linear)
-
-    def qkv(self, x):
-        return torch.cat((self.q.together(self.fan(x), (self.q, self.k)), self.v(x)), dim=-1)
-
-    def value(self, x):
-        return self.v(x)
 
 
 class FANMLP(MLP):

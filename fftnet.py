@@ -29,9 +29,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from afno import FourierKernel
-from blocks import norm
-from conv import BACKENDS, BLOCK, ShortConv, toeplitz_conv
-from linear import Linear
+from kernels import BACKENDS, BLOCK, toeplitz_conv
+from parts import Linear, ShortConv, norm
 
 CHUNK = 64                                                           # tokens that are worked on as one matrix product
 

@@ -17,8 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import CausalSelfAttention, NoHeadNorm
-from blocks import PreNorm
-from mlp import GatedMLP
+from parts import GatedMLP, PreNorm
 
 
 def unit(x):
@@ -138,6 +137,6 @@ class NGPTMLP(GatedMLP):
         self.s_uv = Scale(2 * self.fc.out_features)
 
     def forward(self, x):
-        vu = self.fc.together(x, (self.gate, self.fc))
+        vu = self.fc.fused(x, (self.gate, self.fc))
         v, u = (self.s_uv().type_as(vu) * vu).chunk(2, dim=-1)
         return self.proj(F.silu(v) * u)

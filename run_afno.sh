@@ -9,4 +9,4 @@ RACE=(--model d12 --mixer afno,afno,afno,attn
       --val_loss_every 125 --train_loss_every 25 --target_val_loss 3.3821)
 EMBEDDED=(--target_val_loss 1.8857)                                   # where nanoGPT's CPU recipe ends
 SHARDS=11                                                            # 1.05B tokens
-source "$(dirname "$0")/run_race.sh"
+source "$(dirname "$0")/scripts/run_race.sh"

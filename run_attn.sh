@@ -8,4 +8,4 @@ RACE=(--model d12 --mixer attn --mlp gelu --mlp_ratio 4 --pos rope --tie_embeddi
       --val_loss_every 128 --train_loss_every 16 --target_val_loss 3.3821)
 EMBEDDED=(--mixer attn)
 SHARDS=25                                                            # 2.5B tokens
-source "$(dirname "$0")/run_race.sh"
+source "$(dirname "$0")/scripts/run_race.sh"

@@ -11,4 +11,4 @@ RACE=("${PARTS[@]}" --model d12 --n_kv_head 6 --mlp_ratio 2.6667
       --val_loss_every 125 --train_loss_every 25 --target_val_loss 3.3821)
 EMBEDDED=("${PARTS[@]}" --n_kv_head 2 --mlp_ratio 2.6667 --num_iterations 500)
 SHARDS=11                                                            # 1.05B tokens
-source "$(dirname "$0")/run_race.sh"
+source "$(dirname "$0")/scripts/run_race.sh"

@@ -14,4 +14,4 @@ EMBEDDED=(--mixer fftnet --fftnet_hidden 512 --mlp gelu --norm pre_post --pos si
           --logit_softcap 0 --no-zero_init --n_layer 4 --n_head 4 --n_embd 128 --dropout 0.1
           --optim adamw --learning_rate 0.003 --weight_decay 0.01 --grad_clip 1
           --batch_size 16 --sequence_length 128 --num_iterations 160 --val_loss_every 40)
-source "$(dirname "$0")/run_race.sh"
+source "$(dirname "$0")/scripts/run_race.sh"

@@ -28,4 +28,4 @@ RACE=("${PARTS[@]}" --n_layer 8 --n_head 8 --n_embd 256 --learning_rate 0.0005 -
       --val_loss_every 500 --train_loss_every 25)
 EMBEDDED=("${PARTS[@]}" --learning_rate "$RATE" --num_iterations 400 --val_loss_every 100)
 SHARDS=11                                                            # 1.05B tokens
-source "$(dirname "$0")/run_race.sh"
+source "$(dirname "$0")/scripts/run_race.sh"

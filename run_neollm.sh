@@ -15,4 +15,4 @@ EMBEDDED=("${PARTS[@]}" --learning_rate 0.003 --num_iterations 300 --val_loss_ev
 SHARDS=21                                                            # 2.03B tokens
 REPO=karpathy/fineweb-edu-100B-gpt2-token-shards DATA=data/fineweb-edu-100B-gpt2-token-shards VOCAB=151665
 EXTRA=(pytorch-optimizer)                                            # AdEMAMix
-source "$(dirname "$0")/run_race.sh"
+source "$(dirname "$0")/scripts/run_race.sh"

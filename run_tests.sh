@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite, in an environment made for it. Extra arguments go to pytest.
-source "$(dirname "$0")/setup_env.sh"
+source "$(dirname "$0")/scripts/setup_env.sh"
 has tiktoken huggingface_hub pytest xdist ruff pytorch_optimizer transformers || install tiktoken huggingface-hub \
     -r tests/requirements.txt "torch==$("$python" -c 'import torch; print(torch.__version__.split("+")[0])')"
 has fla || install --no-deps fla-core einops          # its plain reference of the delta rule; its kernels need triton

@@ -1,576 +1,1279 @@
 """spectral-nanogpt: train GPT-2 on one GPU, with or without attention.
 
-Config, model, data and loop are this file; mixers and other parts are siblings, picked by flags: see "The axes".
-Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (the one-GPU benchmark).
+This file is the whole trainer: Config, model, optimizers, data, log and loop. A sequence mixer is a
+sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py the
+hand-written backward passes.
+Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (one GPU).
 
-    python train_gpt2.py                                          # the embedded run: any machine, minutes
-    python train_gpt2.py --mixer afno,afno,afno,attn --estimate   # what would it cost? prints, then exits
-    torchrun --standalone --nproc_per_node=1 train_gpt2.py --model d12 ...   # the race: see run_afno.sh, run_attn.sh
-    python -m pytest -q test_causality.py                         # does anything see the future?
+    python train_gpt2.py                                  # the embedded run: any machine, minutes
+    python train_gpt2.py --mixer afno,afno,afno,attn --estimate     # what would it cost? then exits
+    torchrun --standalone --nproc_per_node=1 train_gpt2.py --model d12 ...  # the race: run_afno.sh
+    python -m pytest -q test_causality.py                 # does anything see the future?
 
-To experiment, edit Config and the dicts (MIXERS, MLPS, POSITIONS, OPTIMS), or write a sibling file and add its row.
-Letters: B batch, T time, C channels, H heads, D head width, V vocabulary. Losses are in nats per token.
+To experiment, edit Config and the dicts under "The axes", or write a sibling file and add its row.
+
+Letters: B batch, T time, C channels, H heads, D head width, V vocabulary, L layers. Losses are in
+nats per token.
 """
 import argparse
+import glob
 import inspect
+import json
 import math
 import os
 import re
+import shutil
+import sys
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch._functorch.config
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from afno import AFNO
 from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
-from batches import Packed, Padded, Windows, document_token
-from blocks import (GPAS, Add, GatedResidual, HybridNorm, LayerNormScaling, LearnedPositions, NoPositions, PreNorm,
-                    PrePostNorm, SinusoidalPositions, hybrid_star, norm)
-from data.shards import open_shards
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
-from fan import FAN, FANMLP, TallFAN
+from documents import Padded, document_token
+from fan import FAN, FANMLP
 from fftnet import FFTNet
-from linear import CoLA, Linear, keep_all, recompute_block, recompute_high_rank
-from log import Log, save
-from loss import linear_cross_entropy, softcap
-from machine import Clock, device_name, device_peak_flops, duration, flops_per_token, peak_memory, pick_device, report
-from mlp import GELU, GatedPolyNorm, PolyNormMLP, ReLU2, SwiGLU
+from kernels import linear_cross_entropy, softcap
+from machine import (device_name, device_peak_flops, duration, environment, flops_per_token,
+                     own_sources, peak_memory, pick_device, report)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
-from optimizers import build_adamw, build_ademamix, build_muon, build_soap, clip_gradients, cosine, trapezoid
+from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
+                   LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
+                   PrePostNorm, ReLU2, SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm,
+                   recompute_block, recompute_high_rank)
 
 ROOT = Path(__file__).resolve().parent
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config: every flag, in one place. A default is written here and nowhere else; the race's values are in run_*.sh.
+# --------------------------------------------------------------------------------------------------
+# Config: every flag, in one place. A default is written here and nowhere else; the race's values
+# are in run_*.sh. The comment behind a field is its help text.
 
-MODELS = {                                                  # layers, heads, channels
-    "tiny": (4, 4, 128), "d12": (12, 12, 768), "d24": (24, 16, 1024), "d36": (36, 20, 1280), "d48": (48, 25, 1600)}
+MODELS = {                                           # layers, heads, channels
+    "tiny": (4, 4, 128),
+    "d12": (12, 12, 768),
+    "d24": (24, 16, 1024),
+    "d36": (36, 20, 1280),
+    "d48": (48, 25, 1600),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    # data
-    input_bin: str = "data/tinyshakespeare/train.bin"       # training shards: a path or a glob
-    input_val_bin: str = "data/tinyshakespeare/val.bin"     # validation shards
-    output_dir: str = "logs"                                # one folder a run appears below it
-    sequence_length: int = 256                              # T, tokens
-    shuffle: bool = True                                    # windows in random order; off for pre-shuffled FineWeb
-    batches: str = "windows"                                # row of BATCHES: what becomes of documents
-    document_token: int = -1                                # starts a document; -1: the vocabulary's (GPT-2's 50256)
-    # model
-    model: str = "tiny"                                     # sizes by name (MODELS); the next three override it
-    n_layer: int = 0
-    n_head: int = 0
-    n_embd: int = 0                                         # C, channels
-    vocab_size: int = 0                                     # 0: read from the shards
-    mixer: str = "afno"                                     # row of MIXERS; "afno,afno,afno,attn" tiles down the layers
-    mlp: str = "relu2"                                      # row of MLPS
-    mlp_ratio: float = 4.0                                  # hidden width / C
-    norm: str = "pre"                                       # row of NORMS
-    residual: str = "add"                                   # row of RESIDUALS
-    linear: str = "dense"                                   # row of LINEARS: how projections inside blocks are made
-    pos: str = "rope"                                       # row of POSITIONS; rope acts inside attention
-    # Switches. The figures are validation loss at 124M and about 1.7B FineWeb tokens, from modded-nanogpt's logs.
-    zero_init: bool = True                                  # every layer starts as the identity
-    tie_embeddings: bool = False                            # untied with embed_norm: 10% fewer tokens
-    pad_vocab: bool = True                                  # to a multiple of 128: aligned head GEMM; never predicted
-    embed_norm: bool = True                                 # RMSNorm after the embedding
-    embed_scale: bool = False                               # embedding times sqrt(C), before positions are added
-    logit_softcap: float = 15.0                             # c tanh(z / c), 0 is off: -0.005, and 15 beats 30
-    value_residual: bool = False                            # v + lambda v of layer 1: -0.012; lambda learned: -0.009
-    x0_shortcut: bool = False                               # learned share of the embedding in every block: -0.009
-    unet_skips: bool = False                                # layer i feeds layer L - 1 - i: 7% fewer tokens
-    branch_scale: bool = False                              # mixer branch times 1 / sqrt(2 L); the public baseline's
-    logit_scale: float = 1.0                                # constant factor on the logits
-    logit_gain: bool = False                                # nGPT's s_z: a learned factor a vocabulary entry
-    dropout: float = 0.0                                    # on both branches of a block, in training only
-    gpas_clip: float = 0.01                                 # norm to which GPAS's gate gradients are clipped, apart
-    cola_rank: int = 0                                      # of CoLA's projections; 0: a quarter of the smaller side
-    recompute: str = "none"                                 # row of RECOMPUTE: less memory for one more forward
-    # attention
-    n_kv_head: int = 0                                      # grouped-query attention: key/value heads; 0 is n_head
-    head_norm: str = "qk"                                   # row of HEAD_NORMS: RMSNorm inside the heads
-    window: int = 0                                         # tokens a token sees, itself counted; 0: all before it
-    short_conv: bool = False                                # AFNO's short convolution on q, k, v, as a fair control
+    # Data
+    input_bin: str = "data/tinyshakespeare/train.bin"    # training shards: a path or a glob
+    input_val_bin: str = "data/tinyshakespeare/val.bin"  # validation shards: a path or a glob
+    output_dir: str = "logs"                         # one folder a run appears below it
+    sequence_length: int = 256                       # T, tokens
+    shuffle: bool = True                             # windows in random order; FineWeb is shuffled
+    batches: str = "windows"                         # row of BATCHES: what becomes of documents
+    document_token: int = -1                         # starts a document; -1: the vocabulary's own
+    # Model
+    model: str = "tiny"                              # sizes by name; the next three override it
+    n_layer: int = 0                                 # L; 0: the model's
+    n_head: int = 0                                  # H; 0: the model's
+    n_embd: int = 0                                  # C, channels; 0: the model's
+    vocab_size: int = 0                              # V; 0: read from the shards
+    mixer: str = "afno"                              # rows of MIXERS; a list tiles down the layers
+    mlp: str = "relu2"                               # row of MLPS
+    mlp_ratio: float = 4.0                           # hidden width / C
+    norm: str = "pre"                                # row of NORMS
+    residual: str = "add"                            # row of RESIDUALS
+    linear: str = "dense"                            # row of LINEARS: projections inside blocks
+    pos: str = "rope"                                # row of POSITIONS; rope acts inside attention
+    # Switches. Figures are validation losses of modded-nanogpt's logs, at 124M parameters and about
+    # 1.7B FineWeb tokens; each is of one change to the recipe of its day, which is not ours.
+    zero_init: bool = True                           # every layer starts as the identity
+    tie_embeddings: bool = False                     # untied with embed_norm: 10% fewer tokens
+    pad_vocab: bool = True                           # to a multiple of 128, for an aligned GEMM
+    embed_norm: bool = True                          # RMSNorm after the embedding
+    embed_scale: bool = False                        # embedding times sqrt(C), before positions
+    logit_softcap: float = 15.0                      # c tanh(z / c), 0 is off: -0.005, at 30 there
+    # There (1 - l) v + l v1 from l = 0.5: -0.012. Here v + l v1 from l = 1.
+    value_residual: bool = False                     # values plus lambda times layer 1's
+    x0_shortcut: bool = False                        # learned share of the embedding in all blocks
+    # There 7% fewer tokens, together with a doubled learning rate.
+    unet_skips: bool = False                         # layer i feeds layer L - 1 - i
+    branch_scale: bool = False                       # mixer branch / sqrt(2 L): the baseline's
+    logit_scale: float = 1.0                         # constant factor on the logits
+    logit_gain: bool = False                         # nGPT's s_z: a factor a vocabulary entry
+    dropout: float = 0.0                             # on both branches of a block, in training
+    gpas_clip: float = 0.01                          # norm to which GPAS's gradients are clipped
+    cola_rank: int = 0                               # of CoLA; 0: a quarter of the smaller side
+    recompute: str = "none"                          # row of RECOMPUTE: less memory, more time
+    # Attention
+    n_kv_head: int = 0                               # key/value heads (grouped); 0: n_head
+    head_norm: str = "qk"                            # row of HEAD_NORMS: norms inside the heads
+    window: int = 0                                  # tokens a token sees, itself too; 0: all
+    short_conv: bool = False                         # AFNO's short convolution on q, k, v
     # AFNO
-    afno_num_blocks: int = 0                                # blocks of the spectral MLP; 0: 8 if they fit
-    afno_sparsity_threshold: float = 0.01                   # soft-shrinkage of the kernel's spectrum
-    afno_hard_thresholding_fraction: float = 1.0            # share of the frequencies kept, from below
-    afno_hidden_size_factor: float = 1.0                    # hidden width of the spectral MLP / poles
-    afno_poles: int = 16                                    # frequency features a block
-    afno_group_size: int = 0                                # channels that share one kernel; 0: 16 if they fit
-    afno_backend: str = "auto"                              # fft | toeplitz | auto
+    afno_num_blocks: int = 0                         # blocks of the spectral MLP; 0: 8 if they fit
+    afno_sparsity_threshold: float = 0.01            # soft-shrinkage of the kernel's spectrum
+    afno_hard_thresholding_fraction: float = 1.0     # share of the frequencies kept, from below
+    afno_hidden_size_factor: float = 1.0             # hidden width of the spectral MLP / poles
+    afno_poles: int = 16                             # frequency features a block
+    afno_group_size: int = 0                         # channels that share a kernel; 0: 16 or fewer
+    afno_backend: str = "auto"                       # fft | toeplitz | auto
     # FAN
-    fan_ratio: float = 0.125                                # share of a FAN layer's outputs for cos, and for sin
-    fan_trig: str = "both"                                  # both | sin
+    fan_ratio: float = 0.125                         # share of a layer's outputs for cos, for sin
+    fan_trig: str = "both"                           # both | sin
     # Gated DeltaNet
-    gdn_k_heads: int = 0                                    # query/key heads; 0 is n_head, the number of value heads
-    gdn_head_dim: int = 0                                   # width of a query or key; 0: C / n_head
-    gdn_expand_v: float = 1.0                               # width of a value / width of a key
-    gdn_chunk: int = 32                                     # tokens that are worked on as one matrix product
-    gdn_neg_eigval: bool = False                            # beta up to 2: the state may be reflected
+    gdn_k_heads: int = 0                             # heads of q and k; 0: n_head, that of values
+    gdn_head_dim: int = 0                            # width of a query or key; 0: C / n_head
+    gdn_expand_v: float = 1.0                        # width of a value / width of a key
+    gdn_chunk: int = 32                              # tokens that are one matrix product
+    gdn_neg_eigval: bool = False                     # beta up to 2: the state may be reflected
     # FFTNet
-    fftnet_filter: str = "running"                          # running | bank
-    fftnet_modes: int = 0                                   # modes a head; 0: half its channels, or 4 for bank
-    fftnet_hidden: int = 0                                  # width of the MLP of the mean; 0: C / 8
-    # optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes share them.
-    optim: str = "muon"                                     # row of OPTIMS
-    batch_size: int = 8                                     # sequences in a micro-batch
-    grad_accumulation_steps: int = 1                        # micro-batches in a step
-    num_iterations: int = 1000                              # steps
-    schedule: str = "trapezoid"                             # row of SCHEDULES
-    warmup_iters: int = -1                                  # linear warm-up; -1: 2% of the steps
-    warmdown_iters: int = -1                                # linear warm-down; -1: 60% of the steps
-    lr_start: float = 0.0                                   # where warm-up starts, a share of the peak
-    lr_end: float = 0.0                                     # where the run ends, a share of the peak
-    learning_rate: float = 0.003                            # AdamW
-    embed_lr_scale: float = 1.0                             # multiples of learning_rate
-    head_lr_scale: float = 1.0
-    kernel_lr_scale: float = 3.0                            # parameters that generate kernels
-    weight_decay: float = 0.01                              # decoupled, never on vectors and kernels
+    fftnet_filter: str = "running"                   # running | bank
+    fftnet_modes: int = 0                            # modes a head; 0: D / 2, or 4 for bank
+    fftnet_hidden: int = 0                           # width of the MLP of the mean; 0: C / 8
+    # Optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes
+    # share them.
+    optim: str = "muon"                              # row of OPTIMS
+    batch_size: int = 8                              # sequences in a micro-batch
+    grad_accumulation_steps: int = 1                 # micro-batches in a step
+    num_iterations: int = 1000                       # steps
+    schedule: str = "trapezoid"                      # row of SCHEDULES
+    warmup_iters: int = -1                           # linear warm-up; -1: 2% of the steps
+    warmdown_iters: int = -1                         # linear warm-down; -1: 60% of the steps
+    lr_start: float = 0.0                            # where warm-up starts, a share of the peak
+    lr_end: float = 0.0                              # where the run ends, a share of the peak
+    learning_rate: float = 0.003                     # AdamW
+    embed_lr_scale: float = 1.0                      # multiple of learning_rate for the embedding
+    head_lr_scale: float = 1.0                       # ... for the head
+    kernel_lr_scale: float = 3.0                     # ... for parameters that generate kernels
+    lambda_lr_scale: float = 10.0                    # ... for lambdas of residuals and skips
+    weight_decay: float = 0.01                       # decoupled, never on vectors and kernels
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
-    grad_clip: float = 0.0                                  # global norm; 0 is off
+    grad_clip: float = 0.0                           # global norm; 0 is off
     muon_learning_rate: float = 0.02
     muon_momentum: float = 0.95
-    muon_momentum_warmup: int = 300                         # steps from 0.85: -0.013
-    ademamix_alpha: float = 5.0                             # weight of the slow momentum
-    ademamix_beta3: float = 0.999                           # its decay
-    ademamix_warmup: int = 0                                # steps until both are reached; 0: all steps
-    soap_beta: float = 0.95                                 # of both moments
-    soap_frequency: int = 10                                # steps between refreshes of the eigenbasis
-    # the run
+    muon_momentum_warmup: int = 300                  # steps from 0.85; -0.013 was seen over 500
+    ademamix_alpha: float = 5.0                      # weight of the slow momentum
+    ademamix_beta3: float = 0.999                    # its decay
+    ademamix_warmup: int = 0                         # steps until both are reached; 0: all steps
+    soap_beta: float = 0.95                          # of both moments
+    soap_frequency: int = 10                         # steps between refreshes of the eigenbasis
+    # The run
     seed: int = 0
-    device: str = "auto"                                    # cuda | cpu | mps
-    compile: bool | None = None                             # torch.compile; not said: on CUDA only
-    val_tokens: int = 1_048_576                             # first tokens of the validation shards
-    val_batch_size: int = 16
-    val_loss_every: int = 125                               # steps; 0: at the end only
-    train_loss_every: int = 25                              # steps between train lines in the log
-    save_every: int = 0                                     # steps between checkpoints; 0: none
-    target_val_loss: float = 0.0                            # report the time it takes to reach this
-    estimate: bool = False                                  # print parameters, FLOPs, memory and time, then exit
+    device: str = "auto"                             # cuda | cpu | mps
+    compile: bool | None = None                      # torch.compile; not said: on CUDA only
+    val_tokens: int = 1_048_576                      # first tokens of the validation shards
+    val_batch_size: int = 16                         # sequences
+    val_loss_every: int = 125                        # steps; 0: at the end only
+    train_loss_every: int = 25                       # steps between train lines in the log
+    save_every: int = 0                              # steps between checkpoints; 0: at the end
+    target_val_loss: float = 0.0                     # report the time it takes to reach this
+    estimate: bool = False                           # print parameters, FLOPs, memory, time; exit
 
     def __post_init__(self):
-        known, used = set(), set()
-        for axis, rows in AXES.items():
-            named = getattr(self, axis).split(",") if axis == "mixer" else [getattr(self, axis)]     # only mixers tile
-            for row in named:
-                if row not in rows:
-                    raise ValueError(f"--{axis} {row}: no such row; choose from {', '.join(rows)}")
-                for name, (values, why) in getattr(rows[row][0], "needs", {}).items():
-                    if getattr(self, name) not in values:
-                        raise ValueError(f"--{axis} {row} with --{name} {getattr(self, name)}: {why}")
-            known |= {knob for _, knobs in rows.values() for knob in knobs}
-            used |= {knob for row in named for knob in rows[row][1]}
-        for knob in sorted(known - used - {"n_head", "rope", "layer"}):
-            if getattr(self, knob) != Config.__dataclass_fields__[knob].default:
-                raise ValueError(f"--{knob} has no effect here, nothing in use reads it: drop it")
-        for why, setting in CLASHES.items():
-            clash = all(getattr(self, name) in values for name, values in setting.items())
-            if clash and setting.keys() & known <= used:
-                raise ValueError(f"{' with '.join(f'--{name} {getattr(self, name)}' for name in setting)}: {why}")
+        used = self.check_rows()
+        self.check_contradictions(used)
         if self.model not in MODELS:
             raise ValueError(f"--model {self.model}: no such size; choose from {', '.join(MODELS)}")
         for name, size in zip(("n_layer", "n_head", "n_embd"), MODELS[self.model]):
-            object.__setattr__(self, name, getattr(self, name) or size)              # the one place that writes a field
+            # The one place that writes a field of the frozen Config.
+            object.__setattr__(self, name, getattr(self, name) or size)
+        self.check_ranges(used)
+
+    def rows(self, axis: str) -> list[str]:
+        """The rows named on an axis: several on the mixers', which tile, one elsewhere."""
+        value = getattr(self, axis)
+        return value.split(",") if axis == "mixer" else [value]
+
+    def check_rows(self) -> set[str]:
+        """Refuse unknown rows and settings that nothing in use reads -> the settings in use."""
+        known = set()
+        used = set(ALWAYS_READ)
+        for axis, table in AXES.items():
+            for _, knobs in table.values():
+                known |= set(knobs.values())
+            for row in self.rows(axis):
+                if row not in table:
+                    raise ValueError(f"--{axis} {row}: no such row; choose from {', '.join(table)}")
+                part, knobs = table[row]
+                used |= set(knobs.values())
+                for name, (values, why) in getattr(part, "needs", {}).items():
+                    value = getattr(self, name)
+                    if value not in values:
+                        raise ValueError(f"--{axis} {row} with --{name} {value}: {why}")
+        for f in fields(self):
+            unread = f.name in known and f.name not in used
+            if unread and getattr(self, f.name) != f.default:
+                raise ValueError(f"--{f.name} has no effect here, nothing in use reads it: drop it")
+        return used | {f.name for f in fields(self) if f.name not in known}
+
+    def check_contradictions(self, used: set[str]):
+        for why, settings in CONTRADICTIONS.items():
+            if all(name in used and getattr(self, name) in bad for name, bad in settings.items()):
+                both = " with ".join(f"--{name} {getattr(self, name)}" for name in settings)
+                raise ValueError(f"{both}: {why}")
+
+    def check_ranges(self, used: set[str]):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < BELOW.get(f.name, math.inf):
+            if f.type in (int, float) and not in_range(f.name, value):
                 raise ValueError(f"--{f.name} {value} is out of range")
         if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or 1):
-            raise ValueError(f"{self.n_embd} channels, {self.n_head} heads, {self.n_kv_head or self.n_head} "
-                             "key/value heads: each must be a multiple of the next")
-        if self.ramps[0] + self.ramps[1] * ("warmdown_iters" in used) > self.num_iterations:
-            raise ValueError(f"--num_iterations {self.num_iterations} is less than warm-up and warm-down: {self.ramps}")
+            raise ValueError(f"{self.n_embd} channels, {self.n_head} heads, "
+                             f"{self.n_kv_head or self.n_head} key/value heads: each must be a "
+                             "multiple of the next")
+        ramps = self.warmup_steps
+        if "warmdown_iters" in used:
+            ramps += self.warmdown_steps
+        if ramps > self.num_iterations:
+            raise ValueError(f"--num_iterations {self.num_iterations} is less than the {ramps} "
+                             "steps of warm-up and warm-down")
 
     @property
-    def rope(self):
+    def rope(self) -> bool:
         return self.pos == "rope"
 
     @property
-    def mixers(self):                                       # one row name a layer
-        names = self.mixer.split(",")
+    def mixers(self) -> list[str]:
+        """One row name a layer."""
+        names = self.rows("mixer")
         return [names[i % len(names)] for i in range(self.n_layer)]
 
     @property
-    def ramps(self):                                        # steps of warm-up and of warm-down
-        return tuple(int(self.num_iterations * share) if steps < 0 else steps
-                     for steps, share in ((self.warmup_iters, 0.02), (self.warmdown_iters, 0.6)))
+    def warmup_steps(self) -> int:
+        return int(0.02 * self.num_iterations) if self.warmup_iters < 0 else self.warmup_iters
 
     @property
-    def tokens_per_step(self):
+    def warmdown_steps(self) -> int:
+        return int(0.6 * self.num_iterations) if self.warmdown_iters < 0 else self.warmdown_iters
+
+    @property
+    def tokens_per_step(self) -> int:
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
 
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of embedding and head: the vocabulary and its padding, which is never predicted."""
+        return math.ceil(self.vocab_size / 128) * 128 if self.pad_vocab else self.vocab_size
 
-CLASHES = {                                                 # {why: settings that contradict one another}
-    "LNS is the scale of the branches: drop one": dict(norm=("lns",), branch_scale=(True,)),
-    "its schedule takes the logarithm": dict(optim=("ademamix",), adam_beta1=(0.0,)),
-    "there are no low-rank products to keep: add --linear cola": dict(linear=("dense",), recompute=("cola",)),
-    "this norm undoes what GPAS does: drop one": dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
-    "RMSNorm takes the scale away: add --no-embed_norm": dict(embed_scale=(True,), embed_norm=(True,)),
+
+# A size of every model, although only some mixers read it.
+ALWAYS_READ = ("n_head",)
+
+# {why: settings that contradict one another}
+CONTRADICTIONS = {
+    "LNS is the scale of the branches: drop one":
+        dict(norm=("lns",), branch_scale=(True,)),
+    "its schedule takes the logarithm":
+        dict(optim=("ademamix",), adam_beta1=(0.0,)),
+    "there are no low-rank products to keep: add --linear cola":
+        dict(linear=("dense",), recompute=("cola",)),
+    "this norm undoes what GPAS does: drop one":
+        dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
+    "RMSNorm takes the scale away: add --no-embed_norm":
+        dict(embed_scale=(True,), embed_norm=(True,)),
 }
-# The smallest value a number may have, else 0; and what it stays below, else infinity.
-LEAST = dict.fromkeys(("warmup_iters", "warmdown_iters", "document_token"), -1) | dict.fromkeys((
-    "sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations", "val_tokens", "val_batch_size",
-    "train_loss_every"), 1) | {"afno_poles": 2, "mlp_ratio": 0.25, "logit_scale": 1e-6,
-                                               "ademamix_beta3": 1e-6, "soap_frequency": 1, "gdn_chunk": 1}
-BELOW = {"adam_beta1": 1, "adam_beta2": 1, "muon_momentum": 1, "ademamix_beta3": 1, "soap_beta": 1, "dropout": 1,
-         "seed": 2**63} | dict.fromkeys(
-             ("lr_start", "lr_end", "afno_hard_thresholding_fraction"), 1 + 1e-9)             # these may be 1
-SYNONYMS = {"fan_ratio": ("--p",)}
+
+# What a number may be. Where nothing is said: 0 or more, and finite.
+POSITIVE = ("sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations",
+            "val_tokens", "val_batch_size", "train_loss_every", "soap_frequency", "gdn_chunk")
+LOWEST = {"warmup_iters": -1, "warmdown_iters": -1, "document_token": -1, "afno_poles": 2,
+          "mlp_ratio": 0.25, "logit_scale": 1e-6, "ademamix_beta3": 1e-6}
+BELOW_ONE = ("adam_beta1", "adam_beta2", "muon_momentum", "ademamix_beta3", "soap_beta", "dropout")
+AT_MOST_ONE = ("lr_start", "lr_end", "afno_hard_thresholding_fraction")
+
+
+def in_range(name: str, value: float) -> bool:
+    if value < (1 if name in POSITIVE else LOWEST.get(name, 0)):
+        return False
+    if name in BELOW_ONE:
+        return value < 1
+    if name in AT_MOST_ONE:
+        return value <= 1
+    if name == "seed":
+        return value < 2**63
+    return value < math.inf
+
+
+SYNONYMS = {"fan_ratio": ["--p"]}
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                               # one line; argparse would print all flags first
+    """argparse, but an error is one line: without the list of all flags before it."""
+    def error(self, message):
         raise SystemExit(f"{self.prog}: error: {message} (--help lists the flags)")
 
 
-def parse(argv=None):
-    """Command line -> Config. A wrong flag, value or combination is one line on stderr and exit code 1."""
-    parser = Parser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                    description="Train a GPT-2-class model with the mixer you choose. Flags are the fields of Config.")
-    notes = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for f in fields(Config):                                # a field's comment is its help text
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, bool | None) else dict(type=f.type)
-        parser.add_argument("--" + f.name, *SYNONYMS.get(f.name, ()), default=f.default,
-                            help=notes.get(f.name, " ").replace("%", "%%"), **kind)
+def parse(argv: list[str] | None = None) -> Config:
+    """Command line -> Config. What is wrong with it is one line on stderr and exit code 1."""
+    parser = Parser(
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a GPT-2-class model with the mixer you choose. Flags are the fields of "
+                    "Config.")
+    source = inspect.getsource(Config)
+    help_texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.MULTILINE))
+    for f in fields(Config):
+        names = ["--" + f.name] + SYNONYMS.get(f.name, [])
+        text = help_texts.get(f.name, " ").replace("%", "%%")
+        if f.type in (bool, bool | None):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        else:
+            kind = dict(type=f.type)
+        parser.add_argument(*names, default=f.default, help=text, **kind)
     try:
         return Config(**vars(parser.parse_args(argv)))
     except ValueError as e:
         parser.error(str(e))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model
 
 class Block(nn.Module):
-    """x + mixer(norm x), then x + mlp(norm x), in the ways that NORMS and RESIDUALS offer. Parts are pure maps."""
-    def __init__(self, cfg, layer):
+    """x + mixer(norm x), then x + mlp(norm x), in the ways that NORMS and RESIDUALS offer."""
+    def __init__(self, cfg: Config, layer: int):
         super().__init__()
-        self.mixer = build("mixer", cfg.mixers[layer], cfg, cfg.n_embd, cfg.sequence_length, layer=layer)
-        self.mlp = build("mlp", cfg.mlp, cfg, cfg.n_embd)
-        self.norm, self.residual = build("norm", cfg.norm, cfg, cfg.n_embd, layer), build(
-            "residual", cfg.residual, cfg, cfg.n_embd)
-        self.dropout, self.scale = nn.Dropout(cfg.dropout), 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
+        C = cfg.n_embd
+        T = cfg.sequence_length
+        self.mixer = build("mixer", cfg.mixers[layer], cfg, C, T, layer=layer)
+        self.mlp = build("mlp", cfg.mlp, cfg, C)
+        self.norm = build("norm", cfg.norm, cfg, C, layer)
+        self.residual = build("residual", cfg.residual, cfg, C)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
 
-    def around(self, x, mixer):                             # mixer(h) -> (y, state)
+    def forward(self, x: Tensor, v1: Tensor | None = None, *docs: Tensor) -> Tensor:
+        """v1: what is added to the values; docs (B, T): where each token's document starts."""
         x, h = self.norm.mixer(x)
-        y, state = mixer(h)
-        x, h = self.norm.mlp(self.residual(x, self.dropout(self.scale * y), 0))
-        return self.residual(x, self.dropout(self.mlp(h)), 1), state
+        return self.rest(x, self.mixer(h, v1, *docs))
 
-    def forward(self, x, v1=None, *docs):                   # docs: where each token's document starts, if masked
-        return self.around(x, lambda h: (self.mixer(h, v1, *docs), None))[0]
+    def step(self, x: Tensor, state, v1: Tensor | None = None, *docs: Tensor):
+        """One token, (B, C) and the mixer's state -> (B, C), the next state."""
+        x, h = self.norm.mixer(x)
+        y, state = self.mixer.step(h, state, v1, *docs)
+        return self.rest(x, y), state
 
-    def step(self, x, state, v1=None, *docs):
-        return self.around(x, lambda h: self.mixer.step(h, state, v1, *docs))
+    def rest(self, x: Tensor, y: Tensor) -> Tensor:
+        """All behind the mixer, whose output is y."""
+        x = self.residual(x, self.dropout(self.scale * y), 0)
+        x, h = self.norm.mlp(x)
+        return self.residual(x, self.dropout(self.mlp(h)), 1)
 
-    def value(self, x):
+    def value(self, x: Tensor) -> Tensor:
+        """The mixer's values at this input, for the value residual of later layers."""
         return self.mixer.value(self.norm.mixer(x)[1])
 
 
 class GPT(nn.Module):
-    """idx (B, T) int64 -> logits (B, T, V); with targets (B, T), of which -1 is none -> mean cross-entropy, nats."""
-    def __init__(self, cfg):
+    """idx (B, T) int64 -> logits (B, T, V); with targets (B, T) -> mean cross-entropy in nats.
+
+    A target of -1 is none. Raises ValueError where cfg's parts do not fit together.
+    """
+    role = "lambda"
+
+    def __init__(self, cfg: Config):
         super().__init__()
         if not cfg.vocab_size:
             raise ValueError("GPT needs a vocab_size; main() reads it from the shards")
-        self.cfg, L, C = cfg, cfg.n_layer, cfg.n_embd
-        rows = -cfg.vocab_size % 128 * cfg.pad_vocab + cfg.vocab_size
-        self.wte, self.scale = nn.Embedding(rows, C), math.sqrt(C) if cfg.embed_scale else 1.0
+        self.cfg = cfg
+        L = cfg.n_layer
+        C = cfg.n_embd
+        self.wte = nn.Embedding(cfg.vocab_rows, C)
+        self.embed_scale = math.sqrt(C) if cfg.embed_scale else 1.0
         self.positions = build("pos", cfg.pos, cfg, C, cfg.sequence_length)
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(L))
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(L))
         self.run = RECOMPUTE[cfg.recompute][0]
-        self.head = nn.Linear(C, rows, bias=False)
+        self.head = nn.Linear(C, cfg.vocab_rows, bias=False)
         if cfg.tie_embeddings:
             self.head.weight = self.wte.weight
-        self.head_gain = LogitGain(rows, C) if cfg.logit_gain else nn.Identity()
-        self.v_lambda = nn.Parameter(torch.ones(L)) if cfg.value_residual and L > 1 else None  # arXiv 2410.17897
-        self.x0_lambda = nn.Parameter(torch.tensor([[1.0, 0.0]] * L)) if cfg.x0_shortcut else None
-        self.skip_lambda = nn.Parameter(torch.ones(L // 2)) if cfg.unet_skips and L > 1 else None
-        widths = {block.mixer.v.out_features if hasattr(block.mixer, "v") else 0 for block in self.blocks}
-        if cfg.value_residual and (0 in widths or len(widths) > 1):
-            raise ValueError("--value_residual needs values of one width in all layers: leave out --n_kv_head")
-        self.apart = BATCHES[cfg.batches][0].apart
-        if self.apart and cfg.document_token < 0:
-            raise ValueError("GPT needs a document_token to keep documents apart; main() takes the vocabulary's")
-        for name, block in zip(cfg.mixers, self.blocks):
-            if self.apart and not getattr(block.mixer, "keeps_documents_apart", False):
-                raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep documents apart, attention "
-                                 "without --short_conv can: change --mixer, or take --batches padded")
+        self.head_gain = LogitGain(cfg.vocab_rows, C) if cfg.logit_gain else nn.Identity()
+
+        # Learned shares, each a switch of Config's. Value residual: arXiv 2410.17897.
+        self.v_lambda = None
+        self.x0_lambda = None
+        self.skip_lambda = None
+        if cfg.value_residual and L > 1:
+            self.v_lambda = nn.Parameter(torch.ones(L))
+        if cfg.x0_shortcut:
+            self.x0_lambda = nn.Parameter(torch.tensor([[1.0, 0.0]] * L))
+        if cfg.unet_skips and L > 1:
+            self.skip_lambda = nn.Parameter(torch.ones(L // 2))
+
+        self.mask_documents = BATCHES[cfg.batches][0].mask_documents
+        self.check_parts()
         init_weights(self)
 
-    def trunk(self, idx, at, run):
-        """(B, T) -> (B, T, C), embedding to final norm; run(i, x, v1) applies block i, to a sequence or to one step."""
-        x = self.positions(self.scale * self.wte(idx), at)
-        x = x0 = norm(x) if self.cfg.embed_norm else x
+    def check_parts(self):
+        cfg = self.cfg
+        mixers = [block.mixer for block in self.blocks]
+        widths = {mixer.v.out_features if hasattr(mixer, "v") else 0 for mixer in mixers}
+        if cfg.value_residual and (0 in widths or len(widths) > 1):
+            raise ValueError("--value_residual needs values of one width in all layers: leave out "
+                             "--n_kv_head")
+        if self.mask_documents and cfg.document_token < 0:
+            raise ValueError("GPT needs a document_token to mask documents; main() takes the "
+                             "vocabulary's")
+        for name, mixer in zip(cfg.mixers, mixers):
+            if self.mask_documents and not getattr(mixer, "masks_documents", False):
+                raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep "
+                                 "documents apart, attention without --short_conv can: change "
+                                 "--mixer, or take --batches padded")
+
+    def trunk(self, idx: Tensor, at, run) -> Tensor:
+        """(B, T) -> (B, T, C), from embedding to final norm.
+
+        run(i, x, v1) applies block i: to a sequence in forward, to one token in step.
+        """
+        x = self.positions(self.embed_scale * self.wte(idx), at)
+        if self.cfg.embed_norm:
+            x = norm(x)
+        x0 = x
         v1 = self.blocks[0].value(x) if self.v_lambda is not None else None
-        L, skips = len(self.blocks), []
+        L = len(self.blocks)
+        skips = []
         for i in range(L):
             if self.skip_lambda is not None and i >= L - L // 2:
                 x = x + self.skip_lambda[i - (L - L // 2)] * skips.pop()
             if self.x0_lambda is not None:
                 x = self.x0_lambda[i, 0] * x + self.x0_lambda[i, 1] * x0
-            x = run(i, x, None if v1 is None or i == 0 else self.v_lambda[i] * v1)
+            x = run(i, x, self.v_lambda[i] * v1 if v1 is not None and i > 0 else None)
             if self.skip_lambda is not None and i < L // 2:
                 skips.append(x)
         return self.cfg.logit_scale * norm(x)
 
-    def logits(self, h):
-        z = nn.functional.linear(h, self.head_gain(self.head.weight))
+    def logits(self, h: Tensor) -> Tensor:
+        """(..., C) -> (..., V), in fp32 or wider."""
+        z = F.linear(h, self.head_gain(self.head.weight))
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
-    def forward(self, idx, targets=None):
-        at, docs = slice(idx.size(1)), ()
-        if self.apart:
-            t = torch.arange(idx.size(1), device=idx.device)
-            docs = torch.where(idx == self.cfg.document_token, t, 0).cummax(1).values,
-            at = t - docs[0]
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        T = idx.size(1)
+        docs = ()
+        at = slice(T)
+        if self.mask_documents:
+            t = torch.arange(T, device=idx.device)
+            begin = torch.where(idx == self.cfg.document_token, t, 0).cummax(1).values   # (B, T)
+            docs = (begin,)
+            at = t - begin
         h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, *docs))
         if targets is None:
             return self.logits(h)
-        return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight), targets.flatten(),
-                                    self.cfg.logit_softcap, self.cfg.vocab_size)
+        return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight),
+                                    targets.flatten(), self.cfg.logit_softcap, self.cfg.vocab_size)
 
-    def init_state(self, B):
-        return [block.mixer.init_state(B) for block in self.blocks], 0, self.head.weight.new_zeros(B, dtype=torch.long)
+    def init_state(self, B: int):
+        """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
+        begin = self.head.weight.new_zeros(B, dtype=torch.long)
+        return [block.mixer.init_state(B) for block in self.blocks], 0, begin
 
-    def step(self, idx, state):
-        """One token, idx (B,) -> logits (B, V): the same numbers as forward's column t, at the cost of one column."""
+    def step(self, idx: Tensor, state):
+        """One token, idx (B,) -> logits (B, V), the next state.
+
+        The same numbers as forward's column t, at the cost of one column.
+        """
         states, t, begin = state
-        begin = torch.where(idx == self.cfg.document_token, t, begin) if self.apart else begin
-        states, docs = list(states), (begin,) if self.apart else ()
+        states = list(states)
+        docs = ()
+        if self.mask_documents:
+            begin = torch.where(idx == self.cfg.document_token, t, begin)
+            docs = (begin,)
 
         def run(i, x, v1):
-            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1 if v1 is None else v1[:, 0], *docs)
+            if v1 is not None:
+                v1 = v1[:, 0]
+            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *docs)
             return x[:, None]
-        return self.logits(self.trunk(idx[:, None], t - begin[:, None], run))[:, 0], (states, t + 1, begin)
+
+        h = self.trunk(idx[:, None], t - begin[:, None], run)
+        return self.logits(h)[:, 0], (states, t + 1, begin)
 
 
-def roles(model):
-    """{parameter: role}: embed, head, proj, matrix, vector, gate or kernel. Exactly one role a parameter.
+def roles(model: GPT) -> dict[nn.Parameter, str]:
+    """{parameter: role}: embed, head, proj, matrix, vector, lambda, gate or kernel, exactly one.
 
-    A module may declare `role` for its own parameters (a kernel generator must not meet Muon); elsewhere two dimensions
-    or more are (a stack of) matrices. Raises TypeError where that rule would put one parameter under two roles.
+    A module may declare `role` for its own parameters (a kernel generator must not meet Muon);
+    elsewhere two dimensions or more are a matrix, or a stack of them. Raises TypeError where that
+    rule would put one parameter under two roles.
     """
     table = {}
     for name, module in model.named_modules():
-        role = getattr(module, "role", None)
-        if module is model.head:
-            role = "embed" if model.cfg.tie_embeddings else "head"
-        elif isinstance(module, nn.Embedding):
-            role = "embed"
         for p in module.parameters(recurse=False):
-            shape = "vector" if p.ndim < 2 or module is model else "proj" if name.endswith(".proj") else "matrix"
-            own = role or shape
-            if table.setdefault(p, own) != own:
-                raise TypeError(f"{name}: a parameter is both {table[p]} and {own}")
+            if module is model.head:
+                role = "embed" if model.cfg.tie_embeddings else "head"
+            elif isinstance(module, nn.Embedding):
+                role = "embed"
+            elif hasattr(module, "role"):
+                role = module.role
+            elif p.ndim < 2:
+                role = "vector"
+            elif name.endswith(".proj"):
+                role = "proj"
+            else:
+                role = "matrix"
+            if table.setdefault(p, role) != role:
+                raise TypeError(f"{name}: a parameter is both {table[p]} and {role}")
     return table
 
 
 @torch.no_grad()
-def init_weights(model):
-    """The one initialiser of embeddings, head and projections; every other parameter is initialised by its module."""
+def init_weights(model: GPT):
+    """Initialise embeddings, head and projections; every other parameter's module did its own."""
     cfg = model.cfg
-    def uniform(p):                                         # torch's default for nn.Linear
-        nn.init.uniform_(p, -p.size(-1) ** -0.5, p.size(-1) ** -0.5)
-    for p, role in roles(model).items():
-        if role == "embed":
-            uniform(p) if cfg.tie_embeddings else nn.init.normal_(p)
-        elif role == "head" or role == "proj":
-            nn.init.zeros_(p) if cfg.zero_init else uniform(p)
-    model.blocks[0].norm.constrain(roles(model))
+    table = roles(model)
+    for p, role in table.items():
+        bound = p.size(-1) ** -0.5                       # torch's default for nn.Linear
+        if role == "embed" and cfg.tie_embeddings:
+            nn.init.uniform_(p, -bound, bound)
+        elif role == "embed":
+            nn.init.normal_(p)
+        elif role in ("head", "proj") and cfg.zero_init:
+            nn.init.zeros_(p)
+        elif role in ("head", "proj"):
+            nn.init.uniform_(p, -bound, bound)
+    model.blocks[0].norm.constrain(table)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizers and schedule
+# --------------------------------------------------------------------------------------------------
+# Optimizers: a builder turns {parameter: role} into optimizers. Every parameter has one group in
+# one of them. Weight decay is decoupled and never meets vectors, lambdas, gates or kernels.
 
-def build_optimizers(cfg, model):
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0; singular values land in [0.7, 1.2]
+
+
+def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
+    """(..., m, n) -> about the nearest semi-orthogonal matrices, by a quintic iteration.
+
+    bf16 on CUDA; fp32 elsewhere, since CPUs without bf16 units are up to 65x slower in it.
+    Source: github.com/KellerJordan/Muon.
+    """
+    a, b, c = NS_COEFFICIENTS
+    X = G.bfloat16() if G.is_cuda else G.float()
+    tall = G.size(-2) > G.size(-1)
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: W <- W (1 - lr wd) - lr sqrt(max(1, out / in)) NS(nesterov(g)).
+
+    Matrices of one shape (or its transpose) go through Newton-Schulz as one batch, stacks included.
+    With several processes each does its share of the batch and gathers the rest. Needs gradients
+    that are already averaged. At 124M parameters and 5100 steps AdamW ends at 3.3406 and Muon at
+    3.2760 (modded-nanogpt, logs of 2024-10-29). Source: github.com/KellerJordan/Muon.
+    """
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            batches = defaultdict(list)
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                momentum = state["momentum_buffer"]
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum, group["momentum"])      # Nesterov's
+                update = update.view(-1, *p.shape[-2:])                # (stack, out, in)
+                if p.size(-2) > p.size(-1):
+                    update = update.mT
+                batches[update.shape[-2:]].append((p, update))
+
+            for batch in batches.values():
+                updates = [update for _, update in batch]
+                results = self.orthogonalise(torch.cat(updates)).split([len(u) for u in updates])
+                for (p, _), result in zip(batch, results):
+                    rows, columns = p.shape[-2:]
+                    if rows > columns:
+                        result = result.mT
+                    lr = group["lr"] * max(1, rows / columns) ** 0.5
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(result.reshape(p.shape), alpha=-lr)
+
+    @staticmethod
+    def orthogonalise(updates: Tensor) -> Tensor:
+        """(N, m, n) -> same; every process does N / world of them."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if world == 1:
+            return newton_schulz(updates)
+        padded = F.pad(updates, (0, 0, 0, 0, 0, -len(updates) % world))
+        mine = newton_schulz(padded.chunk(world)[dist.get_rank()]).contiguous()
+        everyone = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(everyone, mine)
+        return torch.cat(everyone)[:len(updates)]
+
+
+MATRICES = ("matrix", "proj")                            # the roles inside blocks
+
+
+def role_groups(cfg: Config, table, lr: float, decayed=()) -> list[dict]:
+    """Parameter groups, one a role, with the learning rate that the flags give it."""
+    scales = {"embed": cfg.embed_lr_scale, "head": cfg.head_lr_scale,
+              "kernel": cfg.kernel_lr_scale, "lambda": cfg.lambda_lr_scale}
+    groups = []
+    for role in sorted(set(table.values())):
+        groups.append(dict(params=[p for p in table if table[p] == role],
+                           lr=lr * scales.get(role, 1.0),
+                           weight_decay=cfg.weight_decay if role in decayed else 0.0))
+    return groups
+
+
+def adamw(cfg: Config, table, decayed=()) -> torch.optim.Optimizer:
+    groups = role_groups(cfg, table, cfg.learning_rate, decayed)
+    return torch.optim.AdamW(groups, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
+
+
+def split_matrices(table):
+    """-> the matrices inside blocks, the table of all other parameters."""
+    matrices = [p for p in table if table[p] in MATRICES]
+    return matrices, {p: role for p, role in table.items() if role not in MATRICES}
+
+
+def optional_optimizer(name: str):
+    """A class of the optional package pytorch-optimizer, or SystemExit with one line."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        raise SystemExit(f"--optim {name.lower()} needs an optional package: "
+                         "pip install pytorch-optimizer") from None
+    return getattr(pytorch_optimizer, name)
+
+
+def keeps(matrix: int, other: int):
+    """State an optimizer keeps, for --estimate: fp32 numbers a weight of a matrix, of another."""
+    def mark(builder):
+        builder.state_per_weight = (matrix, other)
+        return builder
+    return mark
+
+
+@keeps(matrix=2, other=2)
+def build_adamw(cfg: Config, table):
+    return [adamw(cfg, table, decayed=(*MATRICES, "embed", "head"))]
+
+
+@keeps(matrix=1, other=2)
+def build_muon(cfg: Config, table):
+    """Muon for the matrices, AdamW without weight decay for the rest."""
+    matrices, rest = split_matrices(table)
+    muon = Muon(matrices, cfg.muon_learning_rate, cfg.muon_momentum, cfg.weight_decay)
+    return [muon, adamw(cfg, rest)]
+
+
+@keeps(matrix=3, other=3)
+def build_ademamix(cfg: Config, table):
+    """AdamW plus a slow second momentum, whose weight and decay grow over ademamix_warmup steps.
+
+    The slow average forgets half in 0.69 / (1 - beta3) steps; keep that well below the length of
+    the run. Source: arXiv 2409.03137.
+    """
+    AdEMAMix = optional_optimizer("AdEMAMix")
+    groups = role_groups(cfg, table, cfg.learning_rate, decayed=(*MATRICES, "embed", "head"))
+    betas = (cfg.adam_beta1, cfg.adam_beta2, cfg.ademamix_beta3)
+    warmup = cfg.ademamix_warmup or cfg.num_iterations
+    return [AdEMAMix(groups, betas=betas, alpha=cfg.ademamix_alpha, t_alpha_beta3=warmup,
+                     weight_decouple=True)]
+
+
+@keeps(matrix=10, other=2)
+def build_soap(cfg: Config, table):
+    """Adam in the eigenbasis of Shampoo's preconditioner for the matrices, AdamW for the rest.
+
+    Its first step only looks at the gradient. At 124M and 5100 steps it ended with Muon (3.2752 and
+    3.2760), at twice the time a step (modded-nanogpt). Source: arXiv 2409.11321.
+    """
+    SOAP = optional_optimizer("SOAP")
+    matrices, rest = split_matrices(table)
+    soap = SOAP(matrices, lr=cfg.learning_rate, betas=(cfg.soap_beta, cfg.soap_beta),
+                weight_decay=cfg.weight_decay, precondition_frequency=cfg.soap_frequency)
+    return [soap, adamw(cfg, rest)]
+
+
+def build_optimizers(cfg: Config, model: GPT):
     optimizers = OPTIMS[cfg.optim][0](cfg, roles(model))
-    owned = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
-    assert len(owned) == len(set(owned)) and set(owned) == set(model.parameters()), "a parameter without one optimizer"
-    for opt in optimizers:
-        for group in opt.param_groups:
-            group["peak_lr"] = group["lr"]
+    groups = [group for opt in optimizers for group in opt.param_groups]
+    owned = [p for group in groups for p in group["params"]]
+    assert len(owned) == len(set(owned)), "a parameter with two optimizers"
+    assert set(owned) == set(model.parameters()), "a parameter without an optimizer"
+    for group in groups:
+        group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def schedule(optimizers, step, cfg):
-    """Set learning rates: linear warm-up from lr_start, then a row of SCHEDULES; and Muon's momentum warm-up."""
-    warmup = cfg.lr_start + (1 - cfg.lr_start) * (step + 1) / max(1, cfg.ramps[0])
-    for group in (group for opt in optimizers for group in opt.param_groups):
-        group["lr"] = group["peak_lr"] * min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
-        if "momentum" in group:
-            warm = step / cfg.muon_momentum_warmup if step < cfg.muon_momentum_warmup else 1.0
-            low = min(0.85, cfg.muon_momentum)
-            group["momentum"] = low + warm * (cfg.muon_momentum - low)
+def clip_gradients(table, cfg: Config):
+    """Clip GPAS's gates to their own norm, and all other gradients to grad_clip."""
+    gates = [p for p in table if table[p] == "gate"]
+    others = [p for p in table if table[p] != "gate"]
+    if gates and cfg.gpas_clip:
+        nn.utils.clip_grad_norm_(gates, cfg.gpas_clip)
+    if cfg.grad_clip:
+        nn.utils.clip_grad_norm_(others, cfg.grad_clip)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The axes: {row: (class or function, the Config fields it reads)}. A field that no row in use reads must not be set.
-# A knob that is itself an axis (linear, head_norm) arrives as a factory of the row that was chosen.
+def trapezoid(step: int, cfg: Config) -> float:
+    """Share of the peak rate behind warm-up: flat, then linear from 1 to lr_end."""
+    left = (cfg.num_iterations - step) / max(1, cfg.warmdown_steps)
+    return cfg.lr_end + (1 - cfg.lr_end) * min(1.0, left)
 
-ATTENTION = ("head_norm", "n_head", "n_kv_head", "rope", "short_conv", "window", "linear")
-FOURIER = ("fan_ratio", "fan_trig")
+
+def cosine(step: int, cfg: Config) -> float:
+    """Share of the peak rate behind warm-up: half a period of the cosine, from 1 to lr_end."""
+    warmup = cfg.warmup_steps
+    done = max(0, step - warmup) / max(1, cfg.num_iterations - warmup)
+    return cfg.lr_end + (1 - cfg.lr_end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_schedule(optimizers, step: int, cfg: Config):
+    """Set a step's rates: linear warm-up, then a row of SCHEDULES; and Muon's momentum."""
+    warmup = cfg.lr_start + (1 - cfg.lr_start) * (step + 1) / max(1, cfg.warmup_steps)
+    share = min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
+    low = min(0.85, cfg.muon_momentum)
+    warm = 1.0
+    if step < cfg.muon_momentum_warmup:
+        warm = step / cfg.muon_momentum_warmup
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["lr"] = group["peak_lr"] * share
+            if "momentum" in group:
+                group["momentum"] = low + warm * (cfg.muon_momentum - low)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: shards are 256 little-endian int32 (magic, version, tokens, vocabulary), then the tokens.
+# The format is llm.c's, plus the vocabulary in word 3, where the public FineWeb shards have 0.
+# data/text.py writes it.
+
+HEADER = 256
+FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}         # magic: (version, type)
+GPT2_VOCAB = 50257
+
+
+def open_shard(path: str):
+    """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line."""
+    def refuse(why):
+        raise SystemExit(f"{path}: {why}")
+
+    if not os.path.isfile(path):
+        refuse("no such file")
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=HEADER)
+    if len(header) < HEADER or header[0] not in FORMATS:
+        refuse("not a token shard (make one with data/text.py)")
+    version, dtype = FORMATS[header[0]]
+    if header[1] != version:
+        refuse(f"shard version {header[1]}, this code reads {version}")
+    n = int(header[2])
+    vocab = int(header[3]) or GPT2_VOCAB
+    promised = 4 * HEADER + n * np.dtype(dtype).itemsize
+    if n < 1 or size != promised:
+        refuse(f"the header promises {n:,} tokens in {promised:,} bytes, the file has {size:,}: "
+               "truncated or damaged, fetch it again")
+    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
+                       shape=(n,))
+    # In parts, so that the check needs no memory for the whole shard.
+    largest = max(int(part.max()) for part in np.array_split(tokens, math.ceil(n / 2**24)))
+    if largest >= vocab:
+        refuse(f"token {largest} is outside the vocabulary of {vocab}")
+    return tokens, vocab
+
+
+def open_shards(pattern: str):
+    """Glob -> ({path: tokens}, vocabulary size); all shards must have the same vocabulary.
+
+    A relative pattern is tried from the working directory, then from the repository.
+    """
+    paths = sorted(glob.glob(pattern)) or sorted(glob.glob(str(ROOT / pattern)))
+    if not paths:
+        raise SystemExit(f"no shard matches {pattern!r}: fetch FineWeb with data/fineweb.py, or "
+                         "make some with data/text.py")
+    shards = {}
+    vocabs = set()
+    for path in paths:
+        shards[path], vocab = open_shard(path)
+        vocabs.add(vocab)
+    if len(vocabs) > 1:
+        raise SystemExit(f"{pattern}: shards of different vocabularies: {sorted(vocabs)}")
+    return shards, vocabs.pop()
+
+
+class Windows:
+    """Windows of T tokens and one more, each once an epoch: in file order, or shuffled.
+
+    Shuffled, every epoch is cut at a new offset. What a step reads is a pure function of its
+    number: processes never overlap, never skip, and a run can be continued anywhere.
+    Raises SystemExit where there is less than a window, or a step cannot be shared evenly.
+    """
+    mask_documents = False
+
+    def __init__(self, shards, cfg: Config, rank: int = 0, world: int = 1,
+                 shuffle: bool | None = None):
+        self.cfg = cfg
+        self.rank = rank
+        self.world = world
+        self.shuffle = cfg.shuffle if shuffle is None else shuffle
+        self.shards = list(shards.values())
+
+        sequences = cfg.batch_size * cfg.grad_accumulation_steps       # in a step, all processes
+        self.rows = sequences // world
+        self.micro_batch = min(cfg.batch_size, self.rows)
+        if sequences % world or self.rows % self.micro_batch:
+            raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {cfg.batch_size} sequences"
+                             f" cannot be shared evenly by {world} processes: change "
+                             "--grad_accumulation_steps")
+
+        T = cfg.sequence_length
+        spare = T - 1 if self.shuffle else 0                           # room for the offset
+        windows = [max(0, (len(shard) - 1 - spare) // T) for shard in self.shards]
+        if not sum(windows):
+            raise SystemExit(f"{next(iter(shards))}: shorter than a sequence of {T:,} tokens: "
+                             "lower --sequence_length")
+        self.ends = np.cumsum(windows)
+        self.per_step = cfg.tokens_per_step                            # targets, all processes
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __str__(self):
+        return (f"{self.targets(len(self)):,} tokens to predict, {len(self):,} windows in "
+                f"{len(self.shards)} shards")
+
+    def first(self, tokens: int) -> int:
+        """How many windows hold the first `tokens` targets: at least one, at most all."""
+        return min(len(self), max(1, tokens // self.cfg.sequence_length))
+
+    def targets(self, n: int) -> int:
+        """How many tokens the first n windows predict."""
+        return n * self.cfg.sequence_length
+
+    def read(self, windows, offset: int = 0):
+        """Numbers of windows -> their tokens (len(windows), T + 1) int64."""
+        T = self.cfg.sequence_length
+        rows = []
+        for window in windows:
+            s = int(np.searchsorted(self.ends, window, side="right"))
+            before = self.ends[s - 1] if s else 0
+            start = offset + T * int(window - before)
+            rows.append(self.shards[s][start:start + T + 1])
+        return np.stack(rows).astype(np.int64)
+
+    def batch(self, step: int) -> Tensor:
+        """This process's sequences of a step, (rows, T + 1)."""
+        n = len(self)
+        numbers = (step * self.world + self.rank) * self.rows + np.arange(self.rows)
+        parts = []
+        for epoch in np.unique(numbers // n):
+            windows = numbers[numbers // n == epoch] % n
+            offset = 0
+            if self.shuffle:
+                rng = np.random.default_rng((self.cfg.seed, epoch))
+                windows = rng.permutation(n)[windows]
+                offset = int(rng.integers(self.cfg.sequence_length))
+            parts.append(self.read(windows, offset))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def micro_batches(self, step: int):
+        """-> [(tokens (rows, T + 1), weight of its loss)], targets predicted by all processes."""
+        parts = self.batch(step).split(self.micro_batch)
+        return [(rows, 1 / len(parts)) for rows in parts], self.cfg.tokens_per_step
+
+
+class Packed(Windows):
+    """The same windows, but tokens see their own document only.
+
+    A window may begin or end inside a document. Nothing is padded, and attention costs less where
+    its kernel skips what a mask hides. Mixers that cannot mask documents are refused.
+    """
+    mask_documents = True
+
+
+def stream(batches, device: torch.device, start: int = 0):
+    """Steps, forever: [(inputs, targets, weight of its loss)], targets predicted by all processes.
+
+    A thread prepares the next step while this one runs.
+    """
+    def prepare(step):
+        parts, predictions = batches.micro_batches(step)
+        if device.type == "cuda":
+            parts = [(rows.pin_memory(), weight) for rows, weight in parts]
+        return parts, predictions
+
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(prepare, start)
+        for step in count(start + 1):
+            parts, predictions = ready.result()
+            ready = pool.submit(prepare, step)
+            micro_batches = []
+            for rows, weight in parts:
+                rows = rows.to(device, non_blocking=True)
+                # Targets behind the end of a padded document are -1; as inputs they are any token.
+                micro_batches.append((rows[:, :-1].clamp(min=0), rows[:, 1:], weight))
+            yield micro_batches, predictions
+
+
+# --------------------------------------------------------------------------------------------------
+# The axes: {row: (class or function, {its argument: the field of Config it reads})}. A field that
+# no row in use reads must not be set. A field that is itself an axis (linear, head_norm) arrives as
+# a factory of the row that was chosen; `layer` is the number of the block.
+
+def same(*names: str) -> dict[str, str]:
+    """Arguments that have the names of their fields."""
+    return {name: name for name in names}
+
+
+def own(prefix: str, *names: str) -> dict[str, str]:
+    """Arguments whose fields carry the part's name in front."""
+    return {name: f"{prefix}_{name}" for name in names}
+
+
+ATTENTION = same("head_norm", "n_head", "n_kv_head", "rope", "short_conv", "window", "linear")
+NGPT_ATTENTION = same("n_head", "n_kv_head", "rope", "short_conv", "window", "linear")
+FAN_LAYER = own("fan", "ratio", "trig")
+MLP = same("mlp_ratio", "linear")
+
 MIXERS = {
     "attn": (CausalSelfAttention, ATTENTION),
-    "afno": (AFNO, ("afno_num_blocks", "afno_sparsity_threshold", "afno_hard_thresholding_fraction",
-                    "afno_hidden_size_factor", "afno_poles", "afno_group_size", "afno_backend", "linear")),
-    "fan": (FAN, ATTENTION + FOURIER), "fan_tall": (TallFAN, ATTENTION + FOURIER),
-    "diff": (DiffAttention, (*ATTENTION, "layer")), "diff_v2": (DiffAttentionV2, ATTENTION),
-    "ngpt": (NGPTAttention, ATTENTION[1:]),                 # its head norm is its own
-    "fftnet": (FFTNet, ("n_head", "fftnet_filter", "fftnet_modes", "fftnet_hidden", "linear")),
-    "gdn": (GatedDeltaNet, ("n_head", "gdn_k_heads", "gdn_head_dim", "gdn_expand_v", "gdn_chunk", "gdn_neg_eigval",
-                            "linear")),
+    "afno": (AFNO, own("afno", "num_blocks", "sparsity_threshold", "hard_thresholding_fraction",
+                       "hidden_size_factor", "poles", "group_size", "backend") | same("linear")),
+    "fan": (FAN, ATTENTION | FAN_LAYER),
+    "fftnet": (FFTNet, own("fftnet", "filter", "modes", "hidden") | same("n_head", "linear")),
+    "gdn": (GatedDeltaNet, own("gdn", "k_heads", "head_dim", "expand_v", "chunk", "neg_eigval")
+            | same("n_head", "linear")),
+    "diff": (DiffAttention, ATTENTION | same("layer")),
+    "diff_v2": (DiffAttentionV2, ATTENTION),
+    "ngpt": (NGPTAttention, NGPT_ATTENTION),
 }
-HEAD_NORMS = {"none": (NoHeadNorm, ()), "qk": (QKNorm, ()), "qkv": (QKVNorm, ())}
-LINEARS = {"dense": (Linear, ()), "cola": (CoLA, ("cola_rank",))}
-HIDDEN = ("mlp_ratio", "linear")
-MLPS = {"gelu": (GELU, HIDDEN), "relu2": (ReLU2, HIDDEN), "swiglu": (SwiGLU, HIDDEN), "polynorm": (PolyNormMLP, HIDDEN),
-        "polynorm_gated": (GatedPolyNorm, HIDDEN), "ngpt": (NGPTMLP, HIDDEN), "fan": (FANMLP, HIDDEN + FOURIER)}
-NORMS = {"pre": (PreNorm, ()), "lns": (LayerNormScaling, ()), "hybrid": (HybridNorm, ()),
-         "hybrid_star": (hybrid_star, ()), "pre_post": (PrePostNorm, ()), "ngpt": (SphereNorm, ())}
-RESIDUALS = {"add": (Add, ()), "gated": (GatedResidual, ()), "gpas": (GPAS, ("gpas_clip",)),
-             "ngpt": (SphereResidual, ())}
-POSITIONS = {"rope": (NoPositions, ()), "none": (NoPositions, ()), "learned": (LearnedPositions, ()),
-             "sinusoidal": (SinusoidalPositions, ())}
-BATCHES = {"windows": (Windows, ()), "packed": (Packed, ("document_token",)), "padded": (Padded, ("document_token",))}
-RECOMPUTE = {"none": (keep_all, ()), "block": (recompute_block, ()), "cola": (recompute_high_rank, ())}
-SCHEDULES = {"trapezoid": (trapezoid, ("warmdown_iters",)), "cosine": (cosine, ())}
-OPTIMS = {"adamw": (build_adamw, ()),
-          "muon": (build_muon, ("muon_learning_rate", "muon_momentum", "muon_momentum_warmup")),
-          "ademamix": (build_ademamix, ("ademamix_alpha", "ademamix_beta3", "ademamix_warmup")),
-          "soap": (build_soap, ("soap_beta", "soap_frequency"))}
-AXES = {"mixer": MIXERS, "mlp": MLPS, "norm": NORMS, "residual": RESIDUALS, "linear": LINEARS, "head_norm": HEAD_NORMS,
-        "pos": POSITIONS, "recompute": RECOMPUTE, "batches": BATCHES, "optim": OPTIMS, "schedule": SCHEDULES}
+HEAD_NORMS = {
+    "none": (NoHeadNorm, {}),
+    "qk": (QKNorm, {}),
+    "qkv": (QKVNorm, {}),
+}
+LINEARS = {
+    "dense": (Linear, {}),
+    "cola": (CoLA, own("cola", "rank")),
+}
+MLPS = {
+    "gelu": (GELU, MLP),
+    "relu2": (ReLU2, MLP),
+    "swiglu": (SwiGLU, MLP),
+    "polynorm": (PolyNormMLP, MLP),
+    "polynorm_gated": (GatedPolyNorm, MLP),
+    "ngpt": (NGPTMLP, MLP),
+    "fan": (FANMLP, MLP | FAN_LAYER),
+}
+NORMS = {
+    "pre": (PreNorm, {}),
+    "lns": (LayerNormScaling, {}),
+    "hybrid": (HybridNorm, {}),
+    "hybrid_star": (hybrid_star, {}),
+    "pre_post": (PrePostNorm, {}),
+    "ngpt": (SphereNorm, {}),
+}
+RESIDUALS = {
+    "add": (Add, {}),
+    "gated": (GatedResidual, {}),
+    "gpas": (GPAS, own("gpas", "clip")),
+    "ngpt": (SphereResidual, {}),
+}
+POSITIONS = {
+    "rope": (NoPositions, {}),                       # added to nothing here: it acts in attention
+    "none": (NoPositions, {}),
+    "learned": (LearnedPositions, {}),
+    "sinusoidal": (SinusoidalPositions, {}),
+}
+RECOMPUTE = {
+    "none": (keep_all, {}),
+    "block": (recompute_block, {}),
+    "cola": (recompute_high_rank, {}),
+}
+BATCHES = {
+    "windows": (Windows, {}),
+    "packed": (Packed, same("document_token")),
+    "padded": (Padded, same("document_token")),
+}
+SCHEDULES = {
+    "trapezoid": (trapezoid, same("warmdown_iters")),
+    "cosine": (cosine, {}),
+}
+OPTIMS = {
+    "adamw": (build_adamw, {}),
+    "muon": (build_muon, own("muon", "learning_rate", "momentum", "momentum_warmup")),
+    "ademamix": (build_ademamix, own("ademamix", "alpha", "beta3", "warmup")),
+    "soap": (build_soap, own("soap", "beta", "frequency")),
+}
+AXES = {
+    "mixer": MIXERS, "mlp": MLPS, "norm": NORMS, "residual": RESIDUALS, "linear": LINEARS,
+    "head_norm": HEAD_NORMS, "pos": POSITIONS, "recompute": RECOMPUTE, "batches": BATCHES,
+    "optim": OPTIMS, "schedule": SCHEDULES,
+}
 
 
-def build(axis, row, cfg, *sizes, layer=0, **more):
-    """The module a row names, knobs from cfg, each under its field's name without the row's; `layer` is the block's."""
-    cls, knobs = AXES[axis][row]
-    values = [partial(build, knob, getattr(cfg, knob), cfg) if knob in AXES else
-              layer if knob == "layer" else getattr(cfg, knob) for knob in knobs]
-    names = [knob.removeprefix(row.split("_")[0] + "_") for knob in knobs]
-    return cls(*sizes, **dict(zip(names, values)), **more)
+def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
+    """The module a row names: its sizes, then the arguments that the row takes from cfg."""
+    cls, arguments = AXES[axis][row]
+    values = {}
+    for argument, field in arguments.items():
+        if field == "layer":
+            values[argument] = layer
+        elif field in AXES:
+            values[argument] = partial(build, field, getattr(cfg, field), cfg)
+        else:
+            values[argument] = getattr(cfg, field)
+    return cls(*sizes, **values, **more)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Log, checkpoint, clock
+
+def new_folder(cfg: Config) -> Path:
+    """Make the folder of a run below output_dir, its name made unique by a number."""
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    name = f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
+    folder = Path(cfg.output_dir) / name
+    tries = 0
+    while folder.exists():
+        tries += 1
+        folder = Path(cfg.output_dir) / f"{name}_{tries}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as e:
+        raise SystemExit(f"--output_dir {cfg.output_dir}: cannot write there "
+                         f"({e.strerror})") from None
+    return folder
+
+
+class Log:
+    """One run's folder. log.txt starts with all that is needed to run it again.
+
+    That is: sources, flags, machine, versions and checksums of the data.
+    """
+    def __init__(self, cfg: Config, device: torch.device, world: int, shards):
+        self.dir = new_folder(cfg)
+        self.file = open(self.dir / "log.txt", "w", buffering=1)
+        self.tty = sys.stdout.isatty()
+        self.shown = 0.0                             # when progress was last shown
+        for path in own_sources():
+            print(f"=== source {path.name}\n{path.read_text()}", file=self.file)
+        print(f"=== config\n{json.dumps(asdict(cfg))}", file=self.file)
+        print(f"=== env\n{json.dumps(environment(device, world, shards))}", file=self.file)
+        print("=== run", file=self.file)
+
+    def __call__(self, line: str):
+        print(line, file=self.file)
+        print(("\r\033[K" if self.tty else "") + line, flush=True)
+
+    def wants_progress(self) -> bool:
+        return self.tty and time.perf_counter() - self.shown > 1
+
+    def progress(self, line: str):
+        """A line that overwrites itself and never wraps, on a terminal."""
+        width = shutil.get_terminal_size().columns - 1
+        print("\r\033[K" + line[:width], end="", flush=True)
+        self.shown = time.perf_counter()
+
+
+def save(path: Path, model: GPT, cfg: Config, step: int):
+    """Checkpoint for sampling: weights and config. Renamed when whole: a torn file has no name."""
+    torch.save(dict(model=model.state_dict(), config=asdict(cfg), step=step), f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+class Clock:
+    """Training seconds. Waits for the device's queue before it stops; validation is outside."""
+    def __init__(self, device: torch.device):
+        self.total = 0.0
+        self.device = device
+        self.start()
+
+    def start(self):
+        self.since = time.perf_counter()
+
+    def stop(self) -> float:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        self.total += time.perf_counter() - self.since
+        return self.total
+
+
+# --------------------------------------------------------------------------------------------------
 # Train
 
 @torch.no_grad()
-def evaluate(forward, windows, n, device, rank, world):
-    """Mean loss of the first n windows, nats per token, shared by all ranks; fp32, as the public baseline validates."""
-    B, total = windows.cfg.val_batch_size, torch.zeros((), dtype=torch.float64)
-    for i in range(rank * B, n, world * B):
-        rows = torch.from_numpy(windows.read(range(i, min(i + B, n)))).to(device)
-        x, y = rows[:, :-1].clamp(min=0), rows[:, 1:]
-        total += forward(x, y).cpu().double() * (y >= 0).sum().cpu()
+def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: int) -> float:
+    """Mean loss of the first n windows, nats per token, shared by all ranks.
+
+    In fp32, as the public baseline validates.
+    """
+    B = windows.cfg.val_batch_size
+    total = torch.zeros((), dtype=torch.float64)
+    for first in range(rank * B, n, world * B):
+        rows = torch.from_numpy(windows.read(range(first, min(first + B, n)))).to(device)
+        targets = rows[:, 1:]
+        loss = forward(rows[:, :-1].clamp(min=0), targets)
+        total += loss.cpu().double() * (targets >= 0).sum().cpu()
     if world > 1:
         total = total.to(device)
         dist.all_reduce(total)
     return total.item() / windows.targets(n)
 
 
-def new_model(cfg, device):
-    """GPT on a device: weights drawn on the CPU, so that a seed means the same everywhere (on meta: no weights)."""
+def new_model(cfg: Config, device: torch.device) -> GPT:
+    """GPT on a device, weights drawn on the CPU: a seed means the same everywhere.
+
+    On the meta device it has no weights. SystemExit with one line for sizes that a part refuses.
+    """
+    draw_on = "meta" if device.type == "meta" else "cpu"
     try:
-        with torch.device("meta" if device.type == "meta" else "cpu"):
+        with torch.device(draw_on):
             return GPT(cfg).to(device)
-    except ValueError as e:                                 # a size that a mixer refuses
+    except ValueError as e:
         raise SystemExit(str(e)) from None
 
 
-def average(model, loss, world):
-    """All-reduce gradients and loss at once: each process weighs its own by its share of the step's tokens."""
-    grads = [p.grad for p in model.parameters()] + [loss]
-    flat = torch.cat([g.flatten() for g in grads])
+def warm_up(forward, model: GPT, batches, device: torch.device, autocast):
+    """Compile forward and backward, without a step, on the shapes of the first eight steps.
+
+    Batches of documents have many shapes; the second makes torch compile one graph for all.
+    """
+    shapes = set()
+    steps = stream(batches, device)
+    for _ in range(8):
+        micro_batches, _ = next(steps)
+        for x, y, _ in micro_batches:
+            if x.shape not in shapes and len(shapes) < 2:
+                with autocast():
+                    loss = forward(x, y)
+                loss.backward()
+            shapes.add(x.shape)
+    steps.close()
+    model.zero_grad(set_to_none=True)
+
+
+def average(model: GPT, loss: Tensor, world: int):
+    """All-reduce gradients and loss at once; each process has weighed its own by its tokens."""
+    tensors = [p.grad for p in model.parameters()] + [loss]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
-        g.copy_(mean.view_as(g))
+    means = (flat / world).split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means):
+        tensor.copy_(mean.view_as(tensor))
 
 
-def main(cfg):
+def main(cfg: Config) -> float:
     """Train as cfg says and return the final validation loss in nats per token.
 
-    Raises SystemExit with one line for anything the user can mend: missing or damaged shards, impossible sizes.
+    Raises SystemExit with one line for anything the user can mend: missing or damaged shards,
+    impossible sizes. With --estimate it prints and returns None.
     """
-    rank, local_rank, world = (int(os.environ.get(k, d)) for k, d in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items())
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(cfg.device, local_rank)
+
+    # Data, and every check of flags and data before any weights
     shards, vocab = open_shards(cfg.input_bin)
     val_shards, val_vocab = open_shards(cfg.input_val_bin)
     cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab)
     if max(vocab, val_vocab) > cfg.vocab_size:
-        raise SystemExit(f"vocabulary of {cfg.vocab_size}, but training shards have {vocab}, validation {val_vocab}")
-    make, knobs = BATCHES[cfg.batches]
-    cfg = replace(cfg, document_token=document_token(cfg, shards, vocab)) if knobs else cfg
-    windows, val_windows = make(shards, cfg, rank, world), make(val_shards, cfg, shuffle=False)
-    val_n = val_windows.first(cfg.val_tokens)
-    if cfg.estimate:                                        # after every check of flags and data, before any weights
+        raise SystemExit(f"vocabulary of {cfg.vocab_size}, but training shards have {vocab}, "
+                         f"validation {val_vocab}")
+    make_batches, knobs = BATCHES[cfg.batches]
+    if "document_token" in knobs:
+        cfg = replace(cfg, document_token=document_token(cfg, shards, vocab))
+    batches = make_batches(shards, cfg, rank, world)
+    val_batches = make_batches(val_shards, cfg, shuffle=False)
+    val_n = val_batches.first(cfg.val_tokens)
+    if cfg.estimate:
         model = new_model(cfg, torch.device("meta"))
-        return print(report(cfg, model, roles(model), device, windows if vocab == cfg.vocab_size else None))
+        data = batches if vocab == cfg.vocab_size else None
+        state_per_weight = OPTIMS[cfg.optim][0].state_per_weight
+        return print(report(cfg, model, roles(model), state_per_weight, device, data))
 
+    # Processes, model, optimizers, log
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
-    torch.manual_seed(cfg.seed + rank)                      # dropout is drawn apart in every process
-    table, optimizers = roles(model), build_optimizers(cfg, model)
-    n_params, peak = sum(p.numel() for p in model.parameters()), device_peak_flops(device)
+    torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
+    table = roles(model)
+    optimizers = build_optimizers(cfg, model)
+    n_params = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(table, model.blocks, cfg.sequence_length)
+    peak_flops = device_peak_flops(device)
     log = Log(cfg, device, world, shards | val_shards) if rank == 0 else None
-    say = log or (lambda line: None)
-    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {cfg.num_iterations:,} steps of "
-        f"{windows.per_step:,} tokens, validated on {val_windows.targets(val_n):,} tokens")
 
-    autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if device.type == "cuda" else nullcontext
-    compiled = cfg.compile if cfg.compile is not None else device.type == "cuda"
-    if hasattr(torch._functorch.config, "backward_pass_autocast"):       # else the backward of an fp32 island that is
-        torch._functorch.config.backward_pass_autocast = "off"           # compiled under autocast runs in bf16
-    forward, stream, clock = torch.compile(model) if compiled else model, windows.stream(device), Clock(device)
-    if compiled:                                            # compile outside the clock, without a step
-        warm, seen = windows.stream(device), set()
-        for x, y, _ in (batch for _ in range(8) for batch in next(warm)[0]):
-            if x.shape not in seen and len(seen) < 2:       # of documents: a second shape makes a graph for all
-                with autocast():
-                    forward(x, y).backward()
-            seen.add(x.shape)
-        warm.close()
-        model.zero_grad(set_to_none=True)
-    compile_time, clock, reached, tokens = clock.stop(), Clock(device), None, 0
+    def say(line):
+        if log:
+            log(line)
 
+    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, "
+        f"{cfg.num_iterations:,} steps of {batches.per_step:,} tokens, validated on "
+        f"{val_batches.targets(val_n):,} tokens")
+
+    # Precision and compilation, outside the clock
+    autocast = nullcontext
+    if device.type == "cuda":
+        autocast = partial(torch.autocast, "cuda", torch.bfloat16)
+    if hasattr(torch._functorch.config, "backward_pass_autocast"):
+        # Else the backward of an fp32 island that is compiled under autocast runs in bf16.
+        torch._functorch.config.backward_pass_autocast = "off"
+    forward = model
+    clock = Clock(device)
+    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+        forward = torch.compile(model)
+        warm_up(forward, model, batches, device, autocast)
+    compile_time = clock.stop()
+
+    steps = stream(batches, device)
+    clock = Clock(device)
+    reached = None                                   # seconds until target_val_loss
+    tokens = 0
     for step in range(cfg.num_iterations + 1):
         last = step == cfg.num_iterations
+
+        # Validate and save
         if last or cfg.val_loss_every and step % cfg.val_loss_every == 0:
             seconds = clock.stop()
             model.eval()
-            val_loss = evaluate(forward, val_windows, val_n, device, rank, world)
+            val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
-            say(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} train_time:{1e3 * seconds:.0f}ms "
-                f"step_avg:{1e3 * seconds / max(1, step):.2f}ms")
-            reached = seconds if reached is None and val_loss <= cfg.target_val_loss else reached
+            say(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} "
+                f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(1, step):.2f}ms")
+            if reached is None and val_loss <= cfg.target_val_loss:
+                reached = seconds
             clock.start()
         if log and (last or cfg.save_every and step and step % cfg.save_every == 0):
             save(log.dir / "model.pt", model, cfg, step)
         if last:
             break
 
-        schedule(optimizers, step, cfg)
-        (batches, predictions), train_loss = next(stream), torch.zeros((), device=device)
+        # One training step
+        set_schedule(optimizers, step, cfg)
+        micro_batches, predictions = next(steps)
         tokens += predictions
-        for x, y, share in batches:
+        train_loss = torch.zeros((), device=device)
+        for x, y, weight in micro_batches:
             with autocast():
-                loss = share * forward(x, y)
+                loss = weight * forward(x, y)
             loss.backward()
             train_loss += loss.detach()
         if world > 1:
@@ -581,29 +1284,39 @@ def main(cfg):
         model.blocks[0].norm.constrain(table)
         model.zero_grad(set_to_none=True)
 
-        line = (step + 1) % cfg.train_loss_every == 0
-        if line or log and log.tty and time.perf_counter() - log.shown > 1:
-            seconds, train_loss = clock.stop(), float(train_loss)
+        # Tell
+        logged = (step + 1) % cfg.train_loss_every == 0
+        if logged or log and log.wants_progress():
+            seconds = clock.stop()
+            train_loss = float(train_loss)
             clock.start()
-            if line and not math.isfinite(train_loss):
-                raise SystemExit(f"step {step + 1}: the training loss is {train_loss}: lower the learning rates")
+            if logged and not math.isfinite(train_loss):
+                raise SystemExit(f"step {step + 1}: the training loss is {train_loss}: "
+                                 "lower the learning rates")
             rate = tokens / seconds
             text = (f"step:{step + 1}/{cfg.num_iterations} train_loss:{train_loss:.4f} "
-                    f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f}"
-                    + (f" mfu:{rate * flops / peak / world:.3f}" if peak else ""))
-            if line:
+                    f"train_time:{1e3 * seconds:.0f}ms "
+                    f"step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f}")
+            if peak_flops:
+                text += f" mfu:{rate * flops / peak_flops / world:.3f}"
+            if logged:
                 say(text)
             if log and log.tty:
-                log.progress(f"{text} eta:{duration(seconds / (step + 1) * (cfg.num_iterations - step - 1))}")
+                left = seconds / (step + 1) * (cfg.num_iterations - step - 1)
+                log.progress(f"{text} eta:{duration(left)}")
+    steps.close()
 
-    stream.close()
-    if len(val_windows) >= 10 * val_n:                      # less noise, and comparable with modded-nanogpt's figures
-        say(f"val_loss on {val_windows.targets(10 * val_n):,} tokens:"
-            f"{evaluate(forward, val_windows, 10 * val_n, device, rank, world):.4f}")
-    target = f"time_to_{cfg.target_val_loss}:{'never' if reached is None else f'{reached:.1f}s'} "
+    # Ten times the tokens: less noise, and comparable with modded-nanogpt's figures
+    if len(val_batches) >= 10 * val_n:
+        loss = evaluate(forward, val_batches, 10 * val_n, device, rank, world)
+        say(f"val_loss on {val_batches.targets(10 * val_n):,} tokens:{loss:.4f}")
+    target = ""
+    if cfg.target_val_loss:
+        when = "never" if reached is None else f"{reached:.1f}s"
+        target = f"time_to_{cfg.target_val_loss}:{when} "
     say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{tokens} "
         f"train_time:{clock.total:.1f}s with_compile:{clock.total + compile_time:.1f}s "
-        f"{target if cfg.target_val_loss else ''}peak_memory:{peak_memory(device)}MiB")
+        f"{target}peak_memory:{peak_memory(device)}MiB")
     if log:
         print(f"log and checkpoint: {log.dir}")
     if world > 1:

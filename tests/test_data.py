@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import open_shard, open_shards
-from train_gpt2 import Windows
+from train_gpt2 import Windows, open_shard, open_shards, stream
 
 
 def write(path, tokens, magic=20240520, version=1, vocab=50, count=None, dtype="<u2", extra=b""):
@@ -118,7 +117,7 @@ def test_shuffle_is_a_new_order_and_offset_every_epoch():
 
 
 def test_targets_are_the_inputs_shifted_by_one():
-    ((x, y, share), (x2, y2, _)), predictions = next(windows(batch=2, accumulation=2).stream(torch.device("cpu")))
+    ((x, y, share), (x2, y2, _)), predictions = next(stream(windows(batch=2, accumulation=2), torch.device("cpu")))
     assert share == 0.5 and predictions == 4 * T
     assert x.shape == y.shape == (2, T) and x.dtype == torch.int64
     assert torch.equal(y, x + 1) and x[0, 0] == 0 and x2[0, 0] == 2 * T
@@ -127,8 +126,8 @@ def test_targets_are_the_inputs_shifted_by_one():
 def test_stream_is_batch_after_batch():
     w = windows(rank=1, world=2, shuffle=True, batch=2, accumulation=2)
     for start in (0, 5):
-        stream = w.stream(torch.device("cpu"), start)
-        for step, (micro_batches, _) in zip(range(start, start + 4), stream):
+        steps = stream(w, torch.device("cpu"), start)
+        for step, (micro_batches, _) in zip(range(start, start + 4), steps):
             ours = torch.cat([torch.cat((x, y[:, -1:]), dim=1) for x, y, _ in micro_batches])
             assert torch.equal(ours, w.batch(step))
 

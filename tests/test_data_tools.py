@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(DATA)]
 
 import fineweb  # noqa: E402  (data/ is no package: its scripts are run, not installed)
 import text as tool  # noqa: E402
-from shards import open_shard  # noqa: E402
+from train_gpt2 import open_shard  # noqa: E402
 
 EOT = 50256
 DOCS = ["hello world", "Zwölf Boxkämpfer 💡\r\n  \n\nit's  <|endoftext|> here\t\n", "a\u2028b 1234\n\n\n"]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from attention import CausalSelfAttention, NoHeadNorm
 from diff import DiffAttention, DiffAttentionV2, diff_naive
-from linear import CoLA
-from published import masked
+from parts import CoLA
+from tests.published import masked
 from test_causality import C, apart, awake, batch, jacobian, noise, prefix, pure
 from train_gpt2 import GPT, Config, roles
 

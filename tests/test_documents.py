@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from attention import flex, visible
-from batches import Packed, Padded, document_token
+from documents import Padded, document_token
 from test_causality import awake
-from train_gpt2 import GPT, MIXERS, Config, build, main, parse
+from train_gpt2 import GPT, MIXERS, Config, Packed, build, main, parse
 
 START, V, T = 7, 24, 64
 MASKING = dict(attn=dict(mixer="attn"), gqa=dict(mixer="attn", n_kv_head=2), fan=dict(mixer="fan"),
-               fan_tall=dict(mixer="fan_tall"), diff=dict(mixer="diff"), diff_v2=dict(mixer="diff_v2"),
+               diff=dict(mixer="diff"), diff_v2=dict(mixer="diff_v2"),
                ngpt=dict(mixer="ngpt", head_norm="qk"), window=dict(mixer="attn", window=5))
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=V, sequence_length=T)
 
@@ -47,8 +47,8 @@ def rows_of(cls, docs, batch_size=2, **sizes):
 @pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal", "none"])
 def test_padded_packed_and_alone_have_the_same_losses(case, pos):
     docs = documents(9, 30, 3, 22)                          # 64 tokens: one packed row, with the token that ends them
-    stream = torch.from_numpy(np.concatenate([*docs, [START]]))
-    packed = losses(model(**MASKING[case], pos=pos, batches="packed", document_token=START), stream[None])[0]
+    joined = torch.from_numpy(np.concatenate([*docs, [START]]))
+    packed = losses(model(**MASKING[case], pos=pos, batches="packed", document_token=START), joined[None])[0]
     free = model(**MASKING[case], pos=pos)                  # the same weights, no masks
     begin = 0
     padded = torch.full((4, 33), -1)
@@ -59,7 +59,7 @@ def test_padded_packed_and_alone_have_the_same_losses(case, pos):
         begin += len(doc)
     together = losses(free, padded)
     assert (together[padded[:, 1:] >= 0] - packed).abs().max() < 1e-10
-    assert (losses(free, stream[None])[0] - packed).abs().max() > 1e-3                  # the mask does matter
+    assert (losses(free, joined[None])[0] - packed).abs().max() > 1e-3                  # the mask does matter
 
 
 @pytest.mark.parametrize("row", MIXERS)
@@ -140,7 +140,7 @@ def test_decoding_forgets_at_a_new_document(case):
 def test_an_epoch_of_padded_batches_predicts_every_token_once():
     docs = documents(9, 30, 3, 200, 2, 64, 65, 1, 17)       # 200 and 65 are cut into pieces
     padded = rows_of(Padded, docs)
-    text, steps, seen = np.concatenate(docs), len(padded.sums), []
+    text, steps, seen = np.concatenate(docs), len(padded.predictions), []
     for step in range(3 * steps):
         (rows, share), = padded.micro_batches(step)[0]
         assert share == 1 and (rows.size(1) - 1) % 8 == 0 and rows.size(1) <= T + 1

@@ -7,9 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from conv import fft_conv, toeplitz_conv
+from kernels import fft_conv, toeplitz_conv
 from fftnet import CHUNK, FFTNet, FilterBank, modrelu, rotate, running_mean, running_spectrum, running_spectrum_naive
-from linear import CoLA
+from parts import CoLA
 from test_causality import C as WIDTH
 from test_causality import apart, awake, batch, jacobian, prefix
 from train_gpt2 import GPT, Config, roles

@@ -4,10 +4,10 @@ import torch
 
 import attention
 from afno import AFNO
-from conv import fft_conv, toeplitz_conv
-from muon import newton_schulz
+from kernels import fft_conv, toeplitz_conv
 from test_causality import apart, awake
-from train_gpt2 import GPT, MIXERS, Config, build_optimizers, main, schedule
+from train_gpt2 import (GPT, MIXERS, Config, build_optimizers, main, newton_schulz,
+                        set_schedule)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -40,7 +40,7 @@ def test_compiled_steps_are_finite_and_near_eager(row):
         forward, optimizers = torch.compile(m) if kind == "compiled" else m, build_optimizers(cfg, m)
         losses[kind] = []
         for step in range(5):
-            schedule(optimizers, step, cfg)
+            set_schedule(optimizers, step, cfg)
             idx = tokens(seed=step)
             with bf16():
                 loss = forward(idx, idx.roll(-1, 1))

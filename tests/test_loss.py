@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss import linear_cross_entropy, softcap
+from kernels import linear_cross_entropy, softcap
 
 M, C, V, ROWS = 37, 8, 50, 64                               # 37: no chunk below divides it
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, NoHeadNorm, Rotary
-from conv import BACKENDS, DepthwiseCausalConv, ShortConv, ToeplitzConv
-from muon import Muon
+from kernels import BACKENDS, DepthwiseCausalConv, ToeplitzConv
+from parts import ShortConv
 from test_causality import SMALL, apart, awake
-from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, build,
+from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
                         build_optimizers, roles)
 
 PLAIN = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=50, sequence_length=16, mixer="attn", mlp="gelu", pos="none",
@@ -81,7 +81,7 @@ def test_convolution_equals_its_matrix(conv, T):
 
 @pytest.mark.parametrize("T", [1, 2, 5, 8])
 def test_gradcheck_of_the_handwritten_backwards(T, monkeypatch):
-    monkeypatch.setattr("conv.BLOCK", 3)                    # several blocks at these lengths
+    monkeypatch.setattr("kernels.BLOCK", 3)                    # several blocks at these lengths
     torch.autograd.gradcheck(ToeplitzConv.apply, (draw(3, T, 4), draw(3, T)))
     torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3)))
     for row in MLPS:
@@ -149,7 +149,7 @@ def test_every_parameter_has_one_initialiser_one_role_one_optimizer(knobs):
     assert all(p.isfinite().all() for p in m.parameters())
     table = roles(m)
     assert table.keys() == set(m.parameters())
-    assert set(table.values()) <= {"embed", "head", "proj", "matrix", "vector", "kernel"}
+    assert set(table.values()) <= {"embed", "head", "proj", "matrix", "vector", "kernel", "lambda"}
     for row in OPTIMS:
         optimizers = build_optimizers(config(**knobs, optim=row), m)
         owned = [p for opt in optimizers for g in opt.param_groups for p in g["params"]]
@@ -193,8 +193,10 @@ def test_roles_of_the_parts():
     assert {role for name, role in table.items() if ".kernel." in name} == {"kernel"}     # never Muon, never decayed
     assert {role for name, role in table.items() if name.endswith("proj.weight")} == {"proj"}
     assert table["wte.weight"] == table["positions.weight"] == "embed" and table["head.weight"] == "head"
-    for name in ("blocks.0.mixer.D", "blocks.0.mixer.short_conv.weight", "v_lambda", "x0_lambda", "skip_lambda"):
+    for name in ("blocks.0.mixer.D", "blocks.0.mixer.short_conv.weight"):
         assert table[name] == "vector"
+    for name in ("v_lambda", "x0_lambda", "skip_lambda"):
+        assert table[name] == "lambda"
     assert {table[f"blocks.1.mixer.{w}.weight"] for w in "qkv"} | {table["blocks.1.mlp.fc.weight"]} == {"matrix"}
 
 

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import SMALL, TINY, same_run, shards, steps, torchrun, train, weights
+from tests.test_train import SMALL, TINY, same_run, shards, steps, torchrun, train, weights
 
-from linear import Linear
-from muon import Muon
+from parts import Linear
+from train_gpt2 import Muon
 from ngpt import Scale, SphereResidual, unit, unit_weights
 from sample import load
 from test_causality import apart, awake

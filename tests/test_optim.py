@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from muon import NS_COEFFICIENTS, Muon, newton_schulz
-from train_gpt2 import GPT, Config, build_optimizers, schedule
+from train_gpt2 import NS_COEFFICIENTS, Muon, newton_schulz
+from train_gpt2 import GPT, Config, build_optimizers, set_schedule
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 24), (24, 64), (3, 40, 24), (2, 3, 24, 40)])
@@ -71,10 +71,10 @@ def test_schedule():
     peaks = [g["lr"] for g in groups]
     assert {0.02, 0.008, 0.002} <= set(peaks)                # matrices, embedding, head
     for step, share in [(0, 0.01), (49, 0.5), (99, 1.0), (100, 1.0), (600, 1.0), (800, 0.5), (999, 1 / 400)]:
-        schedule(optimizers, step, cfg)
+        set_schedule(optimizers, step, cfg)
         assert all(math.isclose(g["lr"], share * peak) for g, peak in zip(groups, peaks)), step
     for step, momentum in [(0, 0.85), (150, 0.9), (300, 0.95), (999, 0.95)]:
-        schedule(optimizers, step, cfg)
+        set_schedule(optimizers, step, cfg)
         assert math.isclose(groups[0]["momentum"], momentum)
 
 
@@ -82,9 +82,10 @@ def test_schedule_without_ramps():
     cfg = config(warmup_iters=0, warmdown_iters=0, muon_momentum_warmup=0)
     optimizers = build_optimizers(cfg, GPT(cfg))
     for step in (0, 999):
-        schedule(optimizers, step, cfg)
+        set_schedule(optimizers, step, cfg)
         assert optimizers[0].param_groups[0]["lr"] == 0.02 and optimizers[0].param_groups[0]["momentum"] == 0.95
 
 
 def test_ramps_by_share():
-    assert config(warmup_iters=-1, warmdown_iters=-1, num_iterations=500).ramps == (10, 300)
+    cfg = config(warmup_iters=-1, warmdown_iters=-1, num_iterations=500)
+    assert (cfg.warmup_steps, cfg.warmdown_steps) == (10, 300)

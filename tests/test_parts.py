@@ -17,14 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt2
 from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
-from blocks import GPAS, GatedResidual, HybridNorm, PreNorm, hybrid_star
-from fan import FAN, FANMLP, FANLayer, TallFAN, fan_naive
-from linear import CoLA, Linear
-from loss import linear_cross_entropy, softcap
-from mlp import GatedPolyNorm, PolyNorm, PolyNormMLP, SwiGLU
-from optimizers import clip_gradients
+from parts import GPAS, GatedResidual, HybridNorm, PreNorm, hybrid_star
+from fan import FAN, FANMLP, FANLayer, fan_naive
+from parts import CoLA, Linear
+from kernels import linear_cross_entropy, softcap
+from parts import GatedPolyNorm, PolyNorm, PolyNormMLP, SwiGLU
 from test_causality import apart, awake
-from train_gpt2 import GPT, RECOMPUTE, Block, Config, build_optimizers, main, parse, roles, schedule
+from train_gpt2 import GPT, RECOMPUTE, Block, Config, build_optimizers, clip_gradients, main, parse, roles, set_schedule
 
 T, C = 9, 32
 BASE = dict(n_layer=3, n_head=4, n_embd=C, vocab_size=50, sequence_length=16, mixer="attn", mlp="swiglu")
@@ -360,21 +359,6 @@ def test_fan_attention_follows_the_equations(n_kv_head):
     assert count(m) == (C - d_p) * (C + 1) + 2 * C * C + 2 * C * kv
 
 
-@pytest.mark.parametrize("n_kv_head", [2, 4])
-def test_tall_fan_follows_the_equations(n_kv_head):
-    m, kv = awake(TallFAN(C, T, n_head=4, n_kv_head=n_kv_head)).double(), n_kv_head * C // 4
-
-    def reference(x, P):
-        f = fan(x, P, "fan", C)
-        return attend(f @ P["q.weight"].T, f @ P["k.weight"].T, fan(x, P, "v", kv)) @ P["proj.weight"].T
-    same_module(m, reference, 2, T, C, tolerance=1e-6)
-    assert count(m) == (C - C // 8) * (C + 1) + C * C + C * kv + (kv - kv // 8) * (C + 1) + C * C
-    matrices = {name for name, p in m.named_parameters() if p.ndim == 2}
-    assert matrices == {f"{part}.weight" for part in ("fan.input", "q", "k", "v.input", "proj")}     # no W_v
-    x = draw(2, T, C)
-    assert torch.equal(m.value(x), m.v(x)) and m.value(x).size(-1) == kv
-
-
 @pytest.mark.parametrize("ratio", [0.0, 0.125, 0.25])
 def test_fan_mlp_follows_the_equations(ratio):
     m = awake(FANMLP(C, mlp_ratio=2.0, ratio=ratio)).double()
@@ -422,7 +406,7 @@ def test_cola_starts_with_the_published_spread():
 def test_layers_together_are_the_layers(linear):
     layers, x = [linear(C, d).double() for d in (C, 16, 24)], draw(2, T, C)
     weights = [p for m in layers for p in m.parameters()]
-    same(linear.together(x, layers), torch.cat([m(x) for m in layers], -1), [x, *weights], tolerance=1e-12)
+    same(linear.fused(x, layers), torch.cat([m(x) for m in layers], -1), [x, *weights], tolerance=1e-12)
 
 
 def test_cola_refuses_a_rank_that_saves_nothing():
@@ -474,7 +458,7 @@ def run(row, **knobs):
 
 PARTS = [dict(linear="cola"), dict(linear="cola", dropout=0.3),
          dict(linear="cola", mlp="polynorm", residual="gpas", dropout=0.2),
-         dict(linear="cola", mixer="fan_tall", norm="hybrid_star", head_norm="qkv", value_residual=True,
+         dict(linear="cola", mixer="fan", norm="hybrid_star", head_norm="qkv", value_residual=True,
               unet_skips=True)]
 
 
@@ -621,7 +605,7 @@ def test_optional_optimizers_learn(optim):
     m, idx = GPT(cfg), tokens(4)
     optimizers, table, losses = build_optimizers(cfg, m), roles(m), []
     for step in range(30):
-        schedule(optimizers, step, cfg)
+        set_schedule(optimizers, step, cfg)
         loss = m(idx[:, :-1], idx[:, 1:])
         loss.backward()
         before = {p: p.detach().clone() for p in table}
@@ -649,7 +633,7 @@ def rate(cfg, step):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.learning_rate)
     optimizer.param_groups[0]["peak_lr"] = cfg.learning_rate
     del optimizer.param_groups[0]["momentum"]
-    schedule([optimizer], step, cfg)
+    set_schedule([optimizer], step, cfg)
     return optimizer.param_groups[0]["lr"]
 
 
@@ -731,7 +715,7 @@ REFUSED = [                                                 # (flags, what the l
     ("--schedule cosine --warmdown_iters 10", "warmdown_iters"), ("--dropout 1", "dropout"),
     ("--lr_start 1.5", "lr_start"), ("--norm post", "post"), ("--residual none", "none"), ("--recompute all", "all"),
     ("--mixer fan --fan_ratio 0.6", "fan_ratio"), ("--mixer fan --p -0.1", "fan_ratio"),
-    ("--mixer fan_tall --fan_trig tan", "tan"), ("--linear cola --cola_rank 999", "cola_rank"),
+    ("--mixer fan --fan_trig tan", "tan"), ("--linear cola --cola_rank 999", "cola_rank"),
 ]
 
 

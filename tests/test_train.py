@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import open_shards
 from test_causality import SMALL
-from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config, Windows, evaluate, main
+from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config, Windows, evaluate, main, open_shards
 
 GOLDEN = Path(__file__).with_name("golden_attn.txt")
 TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=8, val_batch_size=3, val_tokens=7 * 16,
@@ -89,8 +88,8 @@ def test_loss_falls(shards, tmp_path, row):
 def test_log_is_complete(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
     text = (folder / "log.txt").read_text()
-    for name in (*(f"{part}.py" for part in "train_gpt2 attention afno fan deltanet diff fftnet ngpt blocks mlp conv "
-                   "linear loss muon optimizers log machine".split()), "data/shards.py"):
+    parts = "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents machine"
+    for name in (f"{part}.py" for part in parts.split()):
         assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in text, name
     config, env = (json.loads(re.search(rf"\n=== {part}\n(.*)\n", text)[1]) for part in ("config", "env"))
     assert Config(**config) == Config(**TINY | shards | knobs_of("afno"), output_dir=str(tmp_path), vocab_size=24,

@@ -1,7 +1,7 @@
 # Sourced by the run scripts: puts a Python with our dependencies in $python, making .venv if torch is missing. EXTRA names
 # optional packages that a script needs.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 has() { "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' "$@"; }
 install() {

@@ -1,0 +1,228 @@
+"""Hand-written forward and backward passes: each does less work than autograd's own, or holds less.
+
+Linear cross-entropy without whole logits, causal convolutions (short and depthwise, or as long as
+the sequence by FFT or by Toeplitz GEMMs), squared ReLU. The tests hold each against a plain twin.
+
+Letters: B batch, T time, C channels, G kernels (each filters C/G channels), K columns of a GEMM,
+M tokens, V vocabulary.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------
+# Cross-entropy of a linear head
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """cap * tanh(z / cap), which keeps logits within (-cap, cap); cap 0 is off."""
+    return cap * torch.tanh(z / cap) if cap else z
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softcap(h W^T) against y without ever holding all (tokens, V) logits.
+
+    Each chunk of rows computes its logits in fp32, its loss and its gradients, and forgets them:
+    backward only scales. h (M, C), W (rows, C), y (M,). W's rows from `vocab` on are padding: they
+    are never predicted and get no gradient. Targets below 0 are ignored.
+
+    At 124M parameters and 16,384 tokens a micro-batch the full fp32 logits are 3.1 GiB, and their
+    gradient as much again. The idea is that of cut cross-entropy (arXiv 2411.09009) and of Liger's
+    fused linear cross-entropy, in plain torch.
+    """
+    @staticmethod
+    def forward(ctx, h, W, y, cap, vocab, chunk):
+        device = h.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
+        wide = torch.promote_types(h.dtype, torch.float32)
+        W = W.to(dtype)
+        loss = h.new_zeros((), dtype=wide)
+        n = (y >= 0).sum().clamp(min=1).to(wide)
+        dh = torch.empty_like(h)
+        dW = None
+
+        # A range over tokens, range(0, M, chunk), would compile anew for every M.
+        chunks = math.ceil(len(h) / chunk)
+        for c in range(chunks):
+            rows = slice(c * chunk, (c + 1) * chunk)
+            hc = h[rows].to(dtype)
+            target = y[rows, None].clamp(min=0)
+            counts = y[rows, None] >= 0
+
+            z = softcap((hc @ W.T).to(wide), cap)
+            # The soft-cap's slope is taken before the padding is masked: inf would make it NaN.
+            slope = 1 - (z / cap).square() if cap else None
+            z[:, vocab:] = -math.inf
+            lse = torch.logsumexp(z, dim=-1, keepdim=True)
+            loss += torch.where(counts, lse - z.gather(1, target), 0).sum() / n
+
+            if ctx.needs_input_grad[0]:
+                # dloss / dz = softmax(z) - onehot(target)
+                dz = torch.exp(z - lse)
+                dz.scatter_add_(1, target, torch.full_like(lse, -1.0))
+                if cap:
+                    dz = dz * slope
+                dz = dz.mul_(counts / n).to(dtype)
+                dh[rows] = dz @ W
+                part = (dz.T @ hc).to(wide)
+                dW = part if dW is None else dW.add_(part)
+
+        ctx.save_for_backward(dh, dW)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dh, dW = ctx.saved_tensors
+        return dh * dloss, dW * dloss, None, None, None, None
+
+
+def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor, cap: float = 0.0,
+                         vocab: int | None = None, chunk: int | None = None) -> Tensor:
+    """Mean cross-entropy in nats of logits softcap(h W^T): h (M, C), W (rows, C), y (M,) -> scalar.
+
+    The result is fp32 or wider. Targets below 0 are ignored: the mean is over the others, as in
+    F.cross_entropy(ignore_index=-1). `chunk` rows of logits live at a time (default: about 2^27
+    logits, 512 MiB in fp32).
+    """
+    rows = W.size(0)
+    if chunk is None:
+        chunk = max(1, 2**20 // rows) * 128
+    return LinearCrossEntropy.apply(h, W, y, cap, vocab or rows, chunk)
+
+
+# --------------------------------------------------------------------------------------------------
+# Squared ReLU
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2 (So et al., arXiv 2109.08668). Its backward makes two passes, autograd's six."""
+    @staticmethod
+    def forward(ctx, x):
+        r = F.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, dy):
+        r, = ctx.saved_tensors
+        return (dy * r).mul_(2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Causal convolutions: short and depthwise, by FFT, by Toeplitz GEMMs
+
+class DepthwiseCausalConv(torch.autograd.Function):
+    """y_t = sum_i w_i x_{t - i}: x (B, T, C), w (width, C), whose last row is lag 0.
+
+    Half the passes over memory of autograd's own backward.
+    """
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        y = x * w[-1]
+        for lag in range(1, min(len(w), x.size(1))):
+            y[:, lag:].addcmul_(x[:, :-lag], w[-1 - lag])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        dx = dy * w[-1]
+        dw = torch.zeros_like(w)
+        dw[-1] = (dy * x).sum((0, 1))
+        for lag in range(1, min(len(w), x.size(1))):
+            dx[:, :-lag].addcmul_(dy[:, lag:], w[-1 - lag])
+            dw[-1 - lag] = (dy[:, lag:] * x[:, :-lag]).sum((0, 1))
+        return dx, dw
+
+
+def fft_conv(u: Tensor, h: Tensor) -> Tensor:
+    """Causal convolution by FFT, u (B, T, C), h (G, T) -> (B, T, C) in u's dtype.
+
+    O(T log T) in fp32 (fp64 stays), causal up to rounding.
+    """
+    B, T, C = u.shape
+    G = h.size(0)
+    with torch.autocast(u.device.type, enabled=False):
+        x = u.transpose(1, 2).unflatten(1, (G, -1))                    # (B, G, C / G, T)
+        x = x.to(torch.promote_types(u.dtype, torch.float32))
+        # 2T points: shorter transforms wrap the future around.
+        H = torch.fft.rfft(h.to(x.dtype), n=2 * T)
+        X = torch.fft.rfft(x, n=2 * T)
+        y = torch.fft.irfft(X * H[:, None], n=2 * T)[..., :T]
+        return y.flatten(1, 2).transpose(1, 2).type_as(u)
+
+
+# Rows of the Toeplitz matrix that are built at a time.
+BLOCK = 128
+
+
+def toeplitz_rows(h: Tensor, rows: int) -> Tensor:
+    """h (G, T) -> the last `rows` rows of its lower-triangular Toeplitz matrix, (G, rows, T).
+
+    The matrix is M[i, j] = h[i - j]. These rows hold every other block of rows, too: M[a:b, :b] is
+    their lower right corner of that size.
+    """
+    return F.pad(h.flip(1), (0, rows - 1)).unfold(1, h.size(1), 1).flip(1)
+
+
+def diagonal_sums(dR: Tensor) -> Tensor:
+    """The transpose of toeplitz_rows: dR (G, rows, T) -> dh (G, T).
+
+    Each row is shifted by one more than the row above, then the rows are added.
+    """
+    G, rows, T = dR.shape
+    width = T + rows - 1
+    shifted = F.pad(dR.flip(1), (0, rows)).flatten(1)[:, :rows * width].view(G, rows, width)
+    return shifted.sum(1)[:, :T].flip(1)
+
+
+def block_ends(T: int, L: int) -> range:
+    """Where blocks of L rows end; the first block may be shorter."""
+    return range((T - 1) % L + 1, T + 1, L)
+
+
+class ToeplitzConv(torch.autograd.Function):
+    """Causal convolution by GEMMs, u (G, T, K), h (G, T) -> (G, T, K) in u's dtype, in row blocks.
+
+    Bit-exactly causal: a block never reads past its own last row, and inside it the future meets
+    zeros. Half the FLOPs of the dense T x T product, G BLOCK T numbers of memory instead of G T^2;
+    saves u and h only.
+    """
+    @staticmethod
+    def forward(ctx, u, h):
+        ctx.save_for_backward(u, h)
+        T = h.size(1)
+        L = min(BLOCK, T)
+        R = toeplitz_rows(h, L)
+        y = [R[:, max(0, L - end):, T - end:] @ u[:, :end] for end in block_ends(T, L)]
+        return torch.cat(y, dim=1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, h = ctx.saved_tensors
+        T = h.size(1)
+        L = min(BLOCK, T)
+        # The first L columns of M, transposed: those of any later block are a part of them.
+        columns = toeplitz_rows(h, L).flip(1, 2)
+        dR = torch.zeros_like(columns, dtype=torch.promote_types(h.dtype, torch.float32))
+        du = []
+        for end in block_ends(T, L):
+            start = max(0, end - L)
+            size = end - start
+            dR[:, L - size:, T - end:] += dy[:, start:end] @ u[:, :end].mT
+            du.append(columns[:, :size, :T - start] @ dy[:, start:])
+        return torch.cat(du, dim=1), diagonal_sums(dR).type_as(h)
+
+
+def toeplitz_conv(u: Tensor, h: Tensor) -> Tensor:
+    """Causal convolution by GEMMs, u (B, T, C), h (G, T) -> (B, T, C) in u's dtype."""
+    B, T, C = u.shape
+    G = h.size(0)
+    x = u.view(B, T, G, C // G).permute(2, 1, 0, 3).reshape(G, T, B * C // G)
+    y = ToeplitzConv.apply(x, h.type_as(u))
+    return y.view(G, T, B, C // G).permute(2, 1, 0, 3).reshape(B, T, C)
+
+
+BACKENDS = {"fft": fft_conv, "toeplitz": toeplitz_conv}
