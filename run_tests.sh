@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # The whole test suite, in an environment made for it. Extra arguments go to pytest.
 source "$(dirname "$0")/scripts/setup_env.sh"
-has tiktoken huggingface_hub pytest xdist ruff pytorch_optimizer transformers || install tiktoken huggingface-hub \
-    -r tests/requirements.txt "torch==$("$python" -c 'import torch; print(torch.__version__.split("+")[0])')"
-has fla || install --no-deps fla-core einops          # its plain reference of the delta rule; its kernels need triton
-export OMP_NUM_THREADS=1                              # two processes of one thread: half the time of one of two
+if ! has tiktoken huggingface_hub pytest xdist ruff pytorch_optimizer transformers; then
+    # torch stays at the version that is there: a test's dependency must not replace it.
+    version=$("$python" -c 'import torch; print(torch.__version__.split("+")[0])')
+    install tiktoken huggingface-hub -r tests/requirements.txt "torch==$version"
+fi
+# fla's plain reference of the delta rule; its kernels need triton
+has fla || install --no-deps fla-core einops
+export OMP_NUM_THREADS=1                 # two processes of one thread: half the time of one of two
 exec "$python" -m pytest -q -n 2 "$@"

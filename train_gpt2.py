@@ -124,7 +124,6 @@ class Config:
     afno_num_blocks: int = 0                         # blocks of the spectral MLP; 0: 8 if they fit
     afno_sparsity_threshold: float = 0.01            # soft-shrinkage of the kernel's spectrum
     afno_hard_thresholding_fraction: float = 1.0     # share of the frequencies kept, from below
-    afno_hidden_size_factor: float = 1.0             # hidden width of the spectral MLP / poles
     afno_poles: int = 16                             # frequency features a block
     afno_group_size: int = 0                         # channels that share a kernel; 0: 16 or fewer
     afno_backend: str = "auto"                       # fft | toeplitz | auto
@@ -132,14 +131,9 @@ class Config:
     fan_ratio: float = 0.125                         # share of a layer's outputs for cos, for sin
     fan_trig: str = "both"                           # both | sin
     # Gated DeltaNet
-    gdn_k_heads: int = 0                             # heads of q and k; 0: n_head, that of values
-    gdn_head_dim: int = 0                            # width of a query or key; 0: C / n_head
-    gdn_expand_v: float = 1.0                        # width of a value / width of a key
     gdn_chunk: int = 32                              # tokens that are one matrix product
-    gdn_neg_eigval: bool = False                     # beta up to 2: the state may be reflected
     # FFTNet
     fftnet_filter: str = "running"                   # running | bank
-    fftnet_modes: int = 0                            # modes a head; 0: D / 2, or 4 for bank
     fftnet_hidden: int = 0                           # width of the MLP of the mean; 0: C / 8
     # Optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes
     # share them.
@@ -951,11 +945,10 @@ MLP = same("mlp_ratio", "linear")
 MIXERS = {
     "attn": (CausalSelfAttention, ATTENTION),
     "afno": (AFNO, own("afno", "num_blocks", "sparsity_threshold", "hard_thresholding_fraction",
-                       "hidden_size_factor", "poles", "group_size", "backend") | same("linear")),
+                       "poles", "group_size", "backend") | same("linear")),
     "fan": (FAN, ATTENTION | FAN_LAYER),
-    "fftnet": (FFTNet, own("fftnet", "filter", "modes", "hidden") | same("n_head", "linear")),
-    "gdn": (GatedDeltaNet, own("gdn", "k_heads", "head_dim", "expand_v", "chunk", "neg_eigval")
-            | same("n_head", "linear")),
+    "fftnet": (FFTNet, own("fftnet", "filter", "hidden") | same("n_head", "linear")),
+    "gdn": (GatedDeltaNet, own("gdn", "chunk") | same("n_head", "linear")),
     "diff": (DiffAttention, ATTENTION | same("layer")),
     "diff_v2": (DiffAttentionV2, ATTENTION),
     "ngpt": (NGPTAttention, NGPT_ATTENTION),
