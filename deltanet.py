@@ -46,11 +46,21 @@ class ChunkwiseRule(torch.autograd.Function):
         A, P = (K @ Kb.mT).mul_(D), (Q @ Kb.mT).mul_(D)
         # By a triangular solve: a product of powers of A is off by 1e10 in fp32 where keys repeat.
         M = torch.linalg.solve_triangular(A, eye.expand_as(A), upper=False, unitriangular=True)
-        H, E, S = len(S), torch.empty_like(V), torch.cat((S, S.new_empty(len(V), *S.shape[1:])))
-        for s, then, v, m, k_in, k_out, decay, e in zip(S.split(H), S[H:].split(H), *(x.split(H) for x in (
-                V, M, since * K, left * Kb, since[:, -1:], E))):
-            torch.bmm(m, torch.baddbmm(v, k_in, s, alpha=-1), out=e)
-            torch.mul(decay, s, out=then).baddbmm_(k_out.mT, e)
+        H = len(S)
+        N = len(V) // H
+        E = torch.empty_like(V)
+        S = torch.cat((S, S.new_empty(len(V), *S.shape[1:])))
+        k_in = since * K
+        k_out = left * Kb
+        decay = since[:, -1:]
+        # What must wait for the chunk before: its errors, then the state that they leave. In place,
+        # as rows `own` of E and rows `after` of S.
+        for n in range(N):
+            own = slice(n * H, (n + 1) * H)
+            after = slice((n + 1) * H, (n + 2) * H)
+            residual = torch.baddbmm(V[own], k_in[own], S[own], alpha=-1)
+            torch.bmm(M[own], residual, out=E[own])
+            torch.mul(decay[own], S[own], out=S[after]).baddbmm_(k_out[own].mT, E[own])
         ctx.save_for_backward(Q, K, b, D, since, left, P, M, S, E)
         return (since * Q @ S[:-H]).baddbmm_(P, E), S[-H:].clone()
 
@@ -62,10 +72,18 @@ class ChunkwiseRule(torch.autograd.Function):
         with torch.autocast(dO.device.type, enabled=False):
             dO, dR, H, Kb = dO.contiguous(), torch.empty_like(E), len(dS), b * K
             dS = torch.cat(((since * Q).mT @ dO, dS))                          # what O asks of S, then all that S gets
-            for ds, then, de, m, k_in, k_out, decay, dr in zip(*(x.split(H)[::-1] for x in (
-                    dS[:-H], dS[H:], P.mT @ dO, M, since * K, left * Kb, since[:, -1:], dR))):
-                torch.bmm(m.mT, de.baddbmm_(k_out, then), out=dr)
-                ds.baddbmm_(k_in.mT, dr, alpha=-1).addcmul_(decay, then)
+            N = len(E) // H
+            dE = P.mT @ dO
+            k_in = since * K
+            k_out = left * Kb
+            decay = since[:, -1:]
+            # The last chunk comes first: its dS is complete.
+            for n in reversed(range(N)):
+                own = slice(n * H, (n + 1) * H)
+                after = slice((n + 1) * H, (n + 2) * H)
+                dE[own].baddbmm_(k_out[own], dS[after])
+                torch.bmm(M[own].mT, dE[own], out=dR[own])
+                dS[own].baddbmm_(k_in[own].mT, dR[own], alpha=-1).addcmul_(decay[own], dS[after])
             first, dS, before = dS[:H].clone(), dS[H:], S[:-H].mT
             minus_dA, dP = (dR @ E.mT).mul_(D).tril_(-1), (dO @ E.mT).mul_(D)
             dQ = (dO @ before).mul_(since).baddbmm_(dP, Kb)

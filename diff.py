@@ -50,7 +50,17 @@ class DiffAttention(CausalSelfAttention):
         Two calls on values of width 2 D would have a quarter less arithmetic, but no flash kernel takes widths that
         differ: on a CPU (always) and on CUDA (with grouped keys) torch would store the scores instead.
         """
-        a1, a2 = (torch.cat([kernel(q[:, i::2], k[:, i::2], v[:, j::2]) for j in (0, 1)], dim=-1) for i in (0, 1))
+        v_left = v[:, 0::2]
+        v_right = v[:, 1::2]
+
+        q1 = q[:, 0::2]
+        k1 = k[:, 0::2]
+        a1 = torch.cat([kernel(q1, k1, v_left), kernel(q1, k1, v_right)], dim=-1)
+
+        q2 = q[:, 1::2]
+        k2 = k[:, 1::2]
+        a2 = torch.cat([kernel(q2, k2, v_left), kernel(q2, k2, v_right)], dim=-1)
+
         return self.normalised(a1 - self.lam().type_as(a2) * a2)
 
 

@@ -56,7 +56,10 @@ class LogitGain(Scale):
 class SphereResidual(nn.Module):
     """unit(x + |alpha| (unit(y) - x)): a step from the unit vector x towards y's direction, back onto the sphere.
 
-    x (B, T, C) is a unit vector a token and so is the result; y may have any length. alpha = 0 is the identity.
+    x (B, T, C) is a unit vector a token and so is the result; y may have any length. alpha = 0 is
+    the identity. x is normalised again, as NVIDIA/ngpt does: the value stays, but without it the
+    gradient of x, and so that of the embedding's rows, keeps a part along x, which only changes a
+    length that the next step's normalisation restores.
     """
     needs = {"norm": (("ngpt",), "its steps start from unit vectors and unit weights")}
 
@@ -64,8 +67,9 @@ class SphereResidual(nn.Module):
         super().__init__()
         self.alpha = Scale(2, dim, init=0.05, scale=dim ** -0.5)
 
-    def forward(self, x, y, branch):
+    def forward(self, x: torch.Tensor, y: torch.Tensor, branch: int) -> torch.Tensor:
         alpha = self.alpha()[branch].abs()
+        x = unit(x)
         return unit(x + alpha * (unit(y) - x))
 
 

@@ -82,6 +82,7 @@ def plain_block(P, h, n_head=4, n_kv_head=4):
         out.append((scores + torch.full((T, T), -math.inf).triu(1)).softmax(-1) @ v[..., g * D:][..., :D])
     alpha = (P["residual.alpha.p"] * 0.05 * math.sqrt(C)).abs()
     y = torch.cat(out, -1) @ P["mixer.proj.weight"].T
+    h = h / length(h)                                       # the same vector; its gradient has no radial part
     h = h + alpha[0] * (y / length(y) - h)
     h = h / length(h)
     s_v, s_u = P["mlp.s_uv.p"].chunk(2)
@@ -117,7 +118,8 @@ def test_a_block_equals_olmo_core():
     olmo = pytest.importorskip("olmo_core.nn.transformer.block", exc_type=ImportError)
     attention, feed_forward, layer_norm = (pytest.importorskip(f"olmo_core.nn.{name}") for name in (
         "attention", "feed_forward", "layer_norm"))
-    m, x = model(n_head=1, pos="none").blocks[0], points(2, 9).detach().float().requires_grad_()
+    m, raw = model(n_head=1, pos="none").blocks[0], points(2, 9).detach().float().requires_grad_()
+    x = unit(raw)                                           # drops the radial gradient that only OLMo-core's x has
     mixer = attention.AttentionConfig(name="normalized", n_heads=1, backend="torch", bias=None, qk_norm=layer_norm.
                                       LayerNormConfig(name="l2_norm", bias=None, full_precision=None, eps=None))
     mlp = feed_forward.FeedForwardConfig(name="normalized", hidden_size=m.mlp.fc.out_features, bias=None)
@@ -130,7 +132,7 @@ def test_a_block_equals_olmo_core():
               "feed_forward.w2.weight": m.mlp.proj.weight, "attention.w_out.weight": m.mixer.proj.weight} | {
               f"attention.w_{w}.weight": getattr(m.mixer, w).weight for w in "qkv"}
     theirs.load_state_dict({name: value.detach() for name, value in values.items()})
-    same(m(x), theirs(x), [x], 1e-5)
+    same(m(x), theirs(x), [raw], 1e-5)
 
     weights = {name: p for name, p in values.items() if name.endswith("weight")}
     with torch.no_grad():                                   # and the axes along which weights are normalised
@@ -237,6 +239,15 @@ def test_alpha():
         m.alpha.p[0].neg_()
         assert torch.equal(m(x, y, 0), out)                 # nor does the sign of alpha
     assert apart(out, unit(0.95 * x + 0.05 * unit(y))) < 1e-6
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+def test_the_embedding_has_no_radial_gradient(branch):
+    m, w, idx = SphereResidual(32).double(), points(50), tokens()
+    y, direction = torch.randn(2, 2, 16, 32, dtype=torch.float64)
+    loss = (m(w[idx], y, branch) * direction).sum()
+    g, = torch.autograd.grad(loss, w)
+    assert g.any() and (g * w).sum(-1).abs().max() < 1e-12 * g.abs().max()
 
 
 def test_alpha_zero_is_the_identity_block():

@@ -403,7 +403,7 @@ def test_cola_starts_with_the_published_spread():
 
 
 @pytest.mark.parametrize("linear", [Linear, CoLA])
-def test_layers_together_are_the_layers(linear):
+def test_fused_layers_are_the_layers(linear):
     layers, x = [linear(C, d).double() for d in (C, 16, 24)], draw(2, T, C)
     weights = [p for m in layers for p in m.parameters()]
     same(linear.fused(x, layers), torch.cat([m(x) for m in layers], -1), [x, *weights], tolerance=1e-12)
