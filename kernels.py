@@ -44,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dW = None
 
         # A range over tokens, range(0, M, chunk), would compile anew for every M.
-        chunks = math.ceil(len(h) / chunk)
+        chunks = (len(h) + chunk - 1) // chunk
         for c in range(chunks):
             rows = slice(c * chunk, (c + 1) * chunk)
             hc = h[rows].to(dtype)
