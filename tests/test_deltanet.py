@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from deltanet import GatedDeltaNet, best_rule, gated_delta_rule, gated_delta_rule_naive, with_kernel
-from test_causality import apart, awake
+from tests.checks import apart, awake
 
 MILD, STRONG = 0.5, 20.0                                    # -g: a token forgets 40%, or all but 2e-9
 

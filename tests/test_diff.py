@@ -12,7 +12,7 @@ from attention import CausalSelfAttention, NoHeadNorm
 from diff import DiffAttention, DiffAttentionV2, diff_naive
 from parts import CoLA
 from tests.published import masked
-from test_causality import C, apart, awake, batch, jacobian, noise, prefix, pure
+from tests.checks import C, apart, awake, batch, jacobian, noise, prefix, pure
 from train_gpt2 import GPT, Config, roles
 
 PLAIN = dict(head_norm=NoHeadNorm, rope=False)

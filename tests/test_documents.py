@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from attention import flex, visible
 from documents import Padded, document_token
-from test_causality import awake
+from tests.checks import awake
 from train_gpt2 import GPT, MIXERS, Config, Packed, build, main, parse
 
 START, V, T = 7, 24, 64

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import fft_conv, toeplitz_conv
 from fftnet import CHUNK, FFTNet, FilterBank, modrelu, rotate, running_mean, running_spectrum, running_spectrum_naive
 from parts import CoLA
-from test_causality import C as WIDTH
-from test_causality import apart, awake, batch, jacobian, prefix
+from tests.checks import C as WIDTH
+from tests.checks import apart, awake, batch, jacobian, prefix
 from train_gpt2 import GPT, Config, roles
 
 CASES = [dict(), dict(modes=3), dict(filter="bank"), dict(filter="bank", modes=2)]

@@ -1,4 +1,5 @@
 """Flags are the fields of Config, and everything a user can get wrong is one line, not a traceback."""
+import inspect
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from machine import device_peak_flops
-from train_gpt2 import ROOT, Config, main, parse
+from train_gpt2 import AXES, ROOT, Config, main, parse
 
 # small enough for any machine, should a run start that must not
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--sequence_length=16", "--batch_size=2", "--num_iterations=2",
@@ -115,3 +116,23 @@ def test_estimate(tmp_path, capsys):
                  rf"FLOPs a token +{flops:,} ", r"memory +about [\d,]+ MiB ", r"time +about .* RTX 4090"):
         assert re.search("^" + line, text, re.MULTILINE), line
     assert not list(tmp_path.iterdir())
+
+
+def twice_written():
+    """(row's name, argument, the part's default, Config's) of all rows of all axes."""
+    for axis, table in AXES.items():
+        for row, (part, arguments) in table.items():
+            for name, parameter in inspect.signature(part).parameters.items():
+                field = arguments.get(name)
+                if field in DEFAULT and parameter.default is not inspect.Parameter.empty:
+                    default = DEFAULT[field]
+                    if field in AXES:       # a factory: the class of the row that is the default
+                        default = AXES[field][default][0]
+                    yield f"{axis} {row}", name, parameter.default, default
+
+
+def test_defaults_that_are_written_twice_agree():
+    found = list(twice_written())
+    assert len(found) > 20
+    for where, name, ours, config in found:
+        assert ours == config, f"{where}: {name} is {ours} in its class, {config} in Config"

@@ -5,7 +5,7 @@ import torch
 import attention
 from afno import AFNO
 from kernels import fft_conv, toeplitz_conv
-from test_causality import apart, awake
+from tests.checks import apart, awake
 from train_gpt2 import (GPT, MIXERS, Config, build_optimizers, main, newton_schulz,
                         set_schedule)
 

@@ -11,7 +11,7 @@ from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, NoHeadNorm, Rotary
 from kernels import BACKENDS, DepthwiseCausalConv, ToeplitzConv
 from parts import ShortConv
-from test_causality import SMALL, apart, awake
+from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
                         build_optimizers, roles)
 
@@ -27,7 +27,7 @@ ALL_ON = dict(mixer="afno,attn", n_layer=5, embed_norm=True, logit_softcap=15.0,
 
 def config(**knobs):
     cfg = PLAIN | knobs
-    return Config(**{k: v for row in cfg["mixer"].split(",") for k, v in SMALL.get(row, {}).items()} | cfg)
+    return Config(**small(cfg["mixer"]) | cfg)
 
 
 def model(**knobs):

@@ -8,24 +8,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_train import SMALL, TINY, same_run, shards, steps, torchrun, train, weights
 
 from parts import Linear
 from train_gpt2 import Muon
 from ngpt import Scale, SphereResidual, unit, unit_weights
 from sample import load
-from test_causality import apart, awake
+from tests.checks import SMALL, apart, awake, small
+from tests.runs import TINY, same_run, steps, torchrun, train, weights
 from train_gpt2 import GPT, MIXERS, MLPS, Block, Config, build, build_optimizers, parse, roles
 
 ROWS = dict(mixer="ngpt", mlp="ngpt", norm="ngpt", residual="ngpt")
 RECIPE = ROWS | dict(logit_gain=True, zero_init=False, embed_norm=False, weight_decay=0.0, logit_softcap=0.0)
 SIZES = dict(n_layer=3, n_head=4, n_embd=32, vocab_size=50, sequence_length=16, optim="adamw")
-shards = shards                                             # the fixture
 
 
 def config(**knobs):
-    row = SMALL.get(knobs.get("mixer", ""), {})
-    return Config(**SIZES | RECIPE | row | knobs)
+    return Config(**SIZES | RECIPE | small(knobs.get("mixer", "")) | knobs)
 
 
 def stir(m):

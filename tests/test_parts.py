@@ -22,7 +22,7 @@ from fan import FAN, FANMLP, FANLayer, fan_naive
 from parts import CoLA, Linear
 from kernels import linear_cross_entropy, softcap
 from parts import GatedPolyNorm, PolyNorm, PolyNormMLP, SwiGLU
-from test_causality import apart, awake
+from tests.checks import apart, awake
 from train_gpt2 import GPT, RECOMPUTE, Block, Config, build_optimizers, clip_gradients, main, parse, roles, set_schedule
 
 T, C = 9, 32

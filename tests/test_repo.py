@@ -96,3 +96,15 @@ def test_no_large_file_is_tracked():
     for name in filter(None, done.stdout.split("\0")):
         path = ROOT / name
         assert not path.exists() or path.stat().st_size <= 2_100_000, name               # the embedded training shard
+
+
+def test_no_test_module_imports_another():
+    """What several share is in tests/checks.py, tests/runs.py and tests/conftest.py."""
+    modules = [ROOT / "test_causality.py", *ROOT.glob("tests/test_*.py")]
+    names = {path.stem for path in modules}
+    for path in modules:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[-1] not in names, f"{path.name} reads {node.module}"
+            elif isinstance(node, ast.Import):
+                assert not {a.name.split(".")[-1] for a in node.names} & names, path.name

@@ -1,80 +1,23 @@
 """Whole runs of main(): losses fall, the log is complete, and the split of a step over processes does not matter.
 
-The golden curve changes only when the baseline's numbers are meant to: PYTHONPATH=. python tests/test_train.py
+The golden curve changes only when the baseline's numbers are meant to: python -m tests.test_train
 """
 import hashlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from test_causality import SMALL
-from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config, Windows, evaluate, main, open_shards
+from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, torchrun, train,
+                        weights)
+from train_gpt2 import MIXERS, OPTIMS, ROOT, Config
 
 GOLDEN = Path(__file__).with_name("golden_attn.txt")
-TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=8, val_batch_size=3, val_tokens=7 * 16,
-            num_iterations=5, warmup_iters=0, warmdown_iters=0, train_loss_every=1, val_loss_every=2, mixer="attn",
-            optim="adamw", learning_rate=0.003, embed_lr_scale=1.0, head_lr_scale=1.0, kernel_lr_scale=1.0,
-            zero_init=True, device="cpu", compile=False)
-STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms"
-                  r"( tok/s:\d+)?( mfu:0\.\d+)?")
 FINAL = re.compile(r"final val_loss:(\d+\.\d{4}) params:(\d+) tokens:(\d+) train_time:(\d+\.\d)s .*peak_memory:\d+MiB")
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """Two training shards and a validation shard of a language with 24 words, easy to learn."""
-    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
-    for name, n in (("train_0", 3000), ("train_1", 2000), ("val", 400)):
-        head = np.zeros(256, "<i4")
-        head[:4] = 20240520, 1, n, 24
-        steps = rng.choice([1, 2, 7], n, p=[0.7, 0.2, 0.1])
-        (folder / f"{name}.bin").write_bytes(head.tobytes() + (steps.cumsum() % 24).astype("<u2").tobytes())
-    return dict(input_bin=str(folder / "train_*.bin"), input_val_bin=str(folder / "val.bin"))
-
-
-def knobs_of(row, **knobs):
-    return dict(mixer=row) | SMALL.get(row, {}) | knobs
-
-
-def train(out, **knobs):
-    """-> (final validation loss, the run's folder)"""
-    loss = main(Config(**TINY | dict(output_dir=str(out)) | knobs))
-    return loss, max(out.iterdir(), key=lambda d: d.stat().st_mtime_ns)
-
-
-def steps(folder, kind):
-    """The train or validation losses of a log."""
-    lines = (folder / "log.txt").read_text().split("\n=== run\n")[1].splitlines()
-    return [float(m[4]) for m in map(STEP.fullmatch, lines) if m and m[3] == kind]
-
-
-def weights(folder):
-    return torch.load(folder / "model.pt", weights_only=True)
-
-
-def same_run(a, b, tolerance):
-    """Two runs that should differ in rounding only."""
-    for kind in ("train", "val"):
-        assert steps(a, kind) == pytest.approx(steps(b, kind), abs=1.01e-4)              # four decimals are printed
-    for (name, p), q in zip(weights(a)["model"].items(), weights(b)["model"].values()):
-        assert torch.allclose(p, q, atol=tolerance), name
-
-
-def checkpoint_loss(folder, batch=3):
-    """The validation loss of a saved model, read as another program would."""
-    saved = weights(folder)
-    cfg = Config(**saved["config"] | dict(shuffle=False, val_batch_size=batch))
-    model = GPT(cfg)
-    model.load_state_dict(saved["model"])
-    return evaluate(model, Windows(open_shards(cfg.input_val_bin)[0], cfg), 7, torch.device("cpu"), 0, 1)
 
 
 @pytest.mark.parametrize("row", MIXERS)
@@ -139,16 +82,6 @@ def test_gradient_accumulation(shards, tmp_path, optim):
     for loss, folder in runs[1:]:
         assert loss == pytest.approx(runs[0][0], abs=1e-5)
         same_run(folder, runs[0][1], 1e-4)
-
-
-def torchrun(n, out, **knobs):
-    flags = [f"--{'' if value is not False else 'no-'}{name}" + (f"={value}" if not isinstance(value, bool) else "")
-             for name, value in (TINY | dict(output_dir=out) | knobs).items()]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                           "train_gpt2.py", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env=os.environ | dict(OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr
-    return next(out.iterdir())
 
 
 @pytest.mark.parametrize("optim", OPTIMS)

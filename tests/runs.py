@@ -1,0 +1,73 @@
+"""Whole small runs of main(), in this process or under torchrun, and what their folders say."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.checks import small
+from train_gpt2 import GPT, ROOT, Config, Windows, evaluate, main, open_shards
+
+TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=8, val_batch_size=3,
+            val_tokens=7 * 16, num_iterations=5, warmup_iters=0, warmdown_iters=0,
+            train_loss_every=1, val_loss_every=2, mixer="attn", optim="adamw", learning_rate=0.003,
+            embed_lr_scale=1.0, head_lr_scale=1.0, kernel_lr_scale=1.0, zero_init=True,
+            device="cpu", compile=False)
+STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms "
+                  r"step_avg:(\d+\.\d\d)ms( tok/s:\d+)?( mfu:0\.\d+)?")
+
+
+def knobs_of(row, **knobs):
+    return dict(mixer=row) | small(row) | knobs
+
+
+def train(out, **knobs):
+    """-> (final validation loss, the run's folder)"""
+    loss = main(Config(**TINY | dict(output_dir=str(out)) | knobs))
+    return loss, max(out.iterdir(), key=lambda d: d.stat().st_mtime_ns)
+
+
+def torchrun(n, out, **knobs):
+    """The same by n processes -> the run's folder."""
+    flags = []
+    for name, value in (TINY | dict(output_dir=out) | knobs).items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            flags.append(f"--{name}={value}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={n}", "train_gpt2.py", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    return next(out.iterdir())
+
+
+def steps(folder, kind):
+    """The train or validation losses of a log."""
+    lines = (folder / "log.txt").read_text().split("\n=== run\n")[1].splitlines()
+    return [float(m[4]) for m in map(STEP.fullmatch, lines) if m and m[3] == kind]
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def same_run(a, b, tolerance):
+    """Two runs that should differ in rounding only; losses are printed with four decimals."""
+    for kind in ("train", "val"):
+        assert steps(a, kind) == pytest.approx(steps(b, kind), abs=1.01e-4)
+    for (name, p), q in zip(weights(a)["model"].items(), weights(b)["model"].values()):
+        assert torch.allclose(p, q, atol=tolerance), name
+
+
+def checkpoint_loss(folder, batch=3):
+    """The validation loss of a saved model, read as another program would."""
+    saved = weights(folder)
+    cfg = Config(**saved["config"] | dict(shuffle=False, val_batch_size=batch))
+    model = GPT(cfg)
+    model.load_state_dict(saved["model"])
+    windows = Windows(open_shards(cfg.input_val_bin)[0], cfg)
+    return evaluate(model, windows, 7, torch.device("cpu"), 0, 1)
