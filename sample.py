@@ -14,65 +14,88 @@ from train_gpt2 import GPT, ROOT, Config
 
 
 def load(path):
-    """Checkpoint file -> GPT in eval mode, on the CPU. Raises SystemExit with one line if it cannot be read."""
+    """Checkpoint file -> GPT in eval mode, on the CPU. SystemExit with one line if it is none."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
         return model.eval()
-    except Exception as e:                              # torch.load has no one error for a damaged file
-        raise SystemExit(f"{path}: not a checkpoint of this code ({str(e).splitlines()[0][:100]})") from None
+    except Exception as e:
+        # torch.load has no one error for a damaged file.
+        why = str(e).splitlines()[0][:100]
+        raise SystemExit(f"{path}: not a checkpoint of this code ({why})") from None
 
 
 def codec(vocab_size, ranks=None):
-    """Vocabulary size -> (text -> token ids, token ids -> text), with text.py's tokenizer of that size."""
+    """Vocabulary size -> (text -> ids, ids -> text), with text.py's tokenizer of that size."""
     from data.text import TOKENIZERS
-    sizes = {"bytes": (256, 256), "gpt2": (50257, 50304), "qwen": (151_643, 151_936)}       # unpadded, and padded
+    # Unpadded, and padded.
+    sizes = {"bytes": (256, 256), "gpt2": (50257, 50304), "qwen": (151_643, 151_936)}
     name = next((name for name, (low, high) in sizes.items() if low <= vocab_size <= high), None)
     if not name:
-        raise SystemExit(f"no tokenizer for a vocabulary of {vocab_size:,} tokens, only for {sizes}")
+        raise SystemExit(f"no tokenizer for a vocabulary of {vocab_size:,} tokens, only for "
+                         f"{sizes}")
     encode, decode = TOKENIZERS[name][2](ranks)
     return lambda text: [int(token) for token in encode([text])[0]], decode
 
 
 @torch.no_grad()
 def generate(model, ids, n, temperature=1.0, top_k=0):
-    """Yield n token ids after the prompt ids (not empty); the window moves on when sequence_length is reached."""
-    T, ids = model.cfg.sequence_length, list(ids)
-    decodes, t = all(hasattr(block.mixer, "step") for block in model.blocks), T
+    """Yield n token ids after the prompt ids (not empty).
+
+    The window moves on when sequence_length is reached: decoding then starts again from its last
+    half. Where a mixer has no step, the whole window is run for every token.
+    """
+    T = model.cfg.sequence_length
+    ids = list(ids)
+    decodes = all(hasattr(block.mixer, "step") for block in model.blocks)
+    t = T                                    # tokens the state has seen; T: start anew
     for _ in range(n):
-        if not decodes:                                 # a mixer without a step: the whole window for every token
-            logits = model(torch.tensor([ids[-T:]]))[:, -1]
-        else:
-            if t == T:                                  # nothing yet, or full: start again from the last half
-                state, t, ids = model.init_state(1), 0, ids if len(ids) < T else ids[-max(1, T // 2):]
+        if decodes:
+            if t == T:
+                if len(ids) >= T:
+                    ids = ids[-max(1, T // 2):]
+                state = model.init_state(1)
+                t = 0
             for token in ids[t:]:
                 logits, state = model.step(torch.tensor([token]), state)
             t = len(ids)
-        if temperature == 0:
-            token = int(logits.argmax())
         else:
-            if 0 < top_k < logits.size(-1):
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-            token = int(torch.multinomial(F.softmax(logits / temperature, dim=-1), 1))
+            logits = model(torch.tensor([ids[-T:]]))[:, -1]
+        token = pick(logits, temperature, top_k)
         ids.append(token)
         yield token
+
+
+def pick(logits, temperature, top_k):
+    """Logits (1, V) -> a token id; temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    if 0 < top_k < logits.size(-1):
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return int(torch.multinomial(F.softmax(logits / temperature, dim=-1), 1))
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.error = lambda message: p.exit(2, f"sample.py: {message}\n")
-    p.add_argument("checkpoint", nargs="?", type=Path, help="a model.pt (default: the newest below logs/)")
+    p.add_argument("checkpoint", nargs="?", type=Path,
+                   help="a model.pt (default: the newest below logs/)")
     p.add_argument("--prompt", default="\n")
     p.add_argument("--tokens", type=int, default=300)
-    p.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
-    p.add_argument("--top_k", type=int, default=0, help="sample among the k likeliest; 0: among all")
+    p.add_argument("--temperature", type=float, default=0.8,
+                   help="0: always the likeliest (default: %(default)s)")
+    p.add_argument("--top_k", type=int, default=0,
+                   help="sample among the k likeliest; 0: among all")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--ranks", type=Path, metavar="FILE", help="for Qwen's tokens, as in data/text.py")
+    p.add_argument("--ranks", type=Path, metavar="FILE",
+                   help="for Qwen's tokens, as in data/text.py")
     args = p.parse_args(argv)
     if args.tokens < 0 or args.temperature < 0 or args.top_k < 0:
         p.error("--tokens, --temperature and --top_k must not be negative")
-    newest = max((ROOT / "logs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime, default=None)
+    saved = (ROOT / "logs").glob("*/model.pt")
+    newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
     path = args.checkpoint or newest
     if path is None:
         p.error("no checkpoint below logs/: train first, or name a model.pt")

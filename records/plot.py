@@ -6,7 +6,9 @@
 A line is the mean over a variant's seeds, a thin line one seed. Losses are in nats per byte if
 the vocabulary is of bytes, else per token. The steep start of a run is cut off. The panel of
 seconds is left out, and stderr says why, if machine or settings differ between the logs, or if
-seeds of one variant took times more than 10% apart. The colours are close to Okabe and Ito's.
+seeds of one variant took times more than 10% apart. Times of a busy machine do not compare: with
+--ms VARIANT=MILLISECONDS of a step, for all variants, that panel rests on them instead.
+The colours are close to Okabe and Ito's.
 """
 import argparse
 import json
@@ -25,21 +27,27 @@ COLOURS = "#0072B2", "#D55E00", "#00825F", "#B0568C", "#111111", "#A87500"
 GREY = "#666666"
 
 
-def curves(folder, names):
+def curves(folder, names, step_ms):
     """Folder, {variant: label} -> ({label: [run]}, unit, why seconds do not compare or None).
 
+    step_ms {variant: milliseconds of a step} stands in for the logs' times; it may be empty.
     A run is [(million tokens, training seconds, nats per unit)]. Raises SystemExit on a variant
     without a log, a log without validation, or bytes beside tokens.
     """
     runs, units, machines, why = {name: [] for name in names.values()}, set(), set(), None
     for path in logs(folder):
         text, config = read(path)
-        name = names.get(variant(path, folder, config))
+        key = variant(path, folder, config)
+        name = names.get(key)
         if name is None:
             continue
         width = int(STEP.search(text)[1].replace(",", ""))
-        runs[name].append([(int(step) * width / 1e6, int(ms) / 1e3, float(loss))
-                           for step, loss, ms in VALIDATION.findall(text)])
+        run = []
+        for step, loss, ms in VALIDATION.findall(text):
+            if key in step_ms:
+                ms = int(step) * step_ms[key]
+            run.append((int(step) * width / 1e6, float(ms) / 1e3, float(loss)))
+        runs[name].append(run)
         if not runs[name][-1]:
             raise SystemExit(f"{path}: no validation after the first step")
         units.add("byte" if config["vocab_size"] == 256 else "token")
@@ -87,11 +95,19 @@ def mark(text):
     return float(loss), label
 
 
+def milliseconds(text):
+    """VARIANT=MILLISECONDS -> (variant, milliseconds)."""
+    name, ms = text.split("=", 1)
+    return name, float(ms)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("variants", nargs="+", metavar="VARIANT[=LABEL]")
     parser.add_argument("--mark", action="append", default=[], metavar="LOSS=LABEL", type=mark)
+    parser.add_argument("--ms", action="append", default=[], type=milliseconds,
+                        metavar="VARIANT=MILLISECONDS")
     parser.add_argument("--out", default="curves.png")
     args = parser.parse_args()
     try:
@@ -100,7 +116,7 @@ def main():
     except ImportError:
         raise SystemExit("matplotlib is not installed: pip install matplotlib") from None
     names = dict(text.split("=", 1) if "=" in text else (text, text) for text in args.variants)
-    runs, unit, why = curves(args.folder, names)
+    runs, unit, why = curves(args.folder, names, dict(args.ms))
     if why:
         print(f"no panel of seconds: {why}", file=sys.stderr)
     plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
