@@ -1,7 +1,8 @@
 """Hand-written forward and backward passes: each does less work than autograd's own, or holds less.
 
-Linear cross-entropy without whole logits, causal convolutions (short and depthwise, or as long as
-the sequence by FFT or by Toeplitz GEMMs), squared ReLU. The tests hold each against a plain twin.
+Linear cross-entropy without whole logits, squared ReLU, causal convolutions (short and depthwise,
+or as long as the sequence by FFT or by Toeplitz GEMMs), the gated delta rule in chunks. The tests
+hold each against a plain twin.
 
 Letters: B batch, T time, C channels, G kernels (each filters C/G channels), K columns of a GEMM,
 M tokens, V vocabulary.
@@ -226,3 +227,93 @@ def toeplitz_conv(u: Tensor, h: Tensor) -> Tensor:
 
 
 BACKENDS = {"fft": fft_conv, "toeplitz": toeplitz_conv}
+
+
+# --------------------------------------------------------------------------------------------------
+# The gated delta rule
+
+class ChunkwiseRule(torch.autograd.Function):
+    """The gated delta rule in N chunks of C tokens: Q / sqrt(dk), K, V, beta, c, S -> O, last S.
+
+    Equations and letters are those of deltanet.py; H counts the heads of all rows.
+    Q, K (N H, C, dk), V (N H, C, dv), beta, c (N H, C, 1), S (H, dk, dv). The gradients:
+
+        dE = P^T dO + e^{c_C - c} Kb dS',       dR = (I + A)^-T dE = dV
+        dA = -dR E^T,                           dP = dO E^T
+        dS = e^{c_C} dS' + (e^c Q)^T dO - (e^c K)^T dR
+        dc_i = q_i dq_i + k_i dk_i - kb_i dkb_i (+ <S', dS'> for i = C)
+
+    the last since q_i and k_i come with e^{c_i}, kb_j with e^{-c_j}, S' with e^{c_C}.
+    """
+    @staticmethod
+    def forward(ctx, Q, K, V, b, c, S):
+        # Above the diagonal exp may overflow, so it is cut before and after.
+        D = (c - c.mT).tril_().exp_().tril_()
+        since = c.exp()                              # e^c
+        left = (c[:, -1:] - c).exp_()                # e^{c_C - c}
+        Kb = b * K
+        A = (K @ Kb.mT).mul_(D)
+        P = (Q @ Kb.mT).mul_(D)
+        # By a triangular solve: a product of powers of A is off by 1e10 in fp32 where keys repeat.
+        eye = torch.eye(K.size(1), dtype=K.dtype, device=K.device).expand_as(A)
+        M = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+
+        H = len(S)
+        N = len(V) // H
+        E = torch.empty_like(V)
+        S = torch.cat((S, S.new_empty(len(V), *S.shape[1:])))
+        k_in = since * K
+        k_out = left * Kb
+        decay = since[:, -1:]
+        # What must wait for the chunk before: its errors, then the state that they leave. In place,
+        # as rows `own` of E and rows `after` of S.
+        for n in range(N):
+            own = slice(n * H, (n + 1) * H)
+            after = slice((n + 1) * H, (n + 2) * H)
+            residual = torch.baddbmm(V[own], k_in[own], S[own], alpha=-1)
+            torch.bmm(M[own], residual, out=E[own])
+            torch.mul(decay[own], S[own], out=S[after]).baddbmm_(k_out[own].mT, E[own])
+        ctx.save_for_backward(Q, K, b, D, since, left, P, M, S, E)
+        O = (since * Q @ S[:-H]).baddbmm_(P, E)
+        return O, S[-H:].clone()
+
+    @staticmethod
+    def backward(ctx, dO, dS):
+        # By hand: once_differentiable would miss a constant dO.
+        if torch.is_grad_enabled():
+            raise RuntimeError("the chunkwise gated delta rule is differentiable once: not with "
+                               "create_graph=True")
+        Q, K, b, D, since, left, P, M, S, E = ctx.saved_tensors
+        with torch.autocast(dO.device.type, enabled=False):
+            dO = dO.contiguous()
+            dR = torch.empty_like(E)
+            H = len(dS)
+            N = len(E) // H
+            Kb = b * K
+            # What O asks of S at first; in the end all that S gets.
+            dS = torch.cat(((since * Q).mT @ dO, dS))
+            dE = P.mT @ dO
+            k_in = since * K
+            k_out = left * Kb
+            decay = since[:, -1:]
+            # The last chunk comes first: its dS is complete.
+            for n in reversed(range(N)):
+                own = slice(n * H, (n + 1) * H)
+                after = slice((n + 1) * H, (n + 2) * H)
+                dE[own].baddbmm_(k_out[own], dS[after])
+                torch.bmm(M[own].mT, dE[own], out=dR[own])
+                dS[own].baddbmm_(k_in[own].mT, dR[own], alpha=-1).addcmul_(decay[own], dS[after])
+            first = dS[:H].clone()
+            dS = dS[H:]
+            before = S[:-H].mT
+
+            minus_dA = (dR @ E.mT).mul_(D).tril_(-1)
+            dP = (dO @ E.mT).mul_(D)
+            dQ = (dO @ before).mul_(since).baddbmm_(dP, Kb)
+            dK = (dR @ before).mul_(since).baddbmm_(minus_dA, Kb).neg_()
+            dKb = (E @ dS.mT).mul_(left)
+            dKb = dKb.baddbmm_(dP.mT, Q).baddbmm_(minus_dA.mT, K, alpha=-1)
+            dc = (Q * dQ).addcmul_(K, dK).addcmul_(Kb, dKb, value=-1).sum(-1, keepdim=True)
+            dc[:, -1, 0] += (S[H:] * dS).sum((1, 2))
+            db = (K * dKb).sum(-1, keepdim=True)
+            return dQ, dK.addcmul_(b, dKb), dR, db, dc, first

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPS = {"train_gpt2.py": 1340, "parts.py": 380}             # lines
+CAPS = {"train_gpt2.py": 1340, "parts.py": 380, "kernels.py": 330}             # lines
 OTHERS = 280
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
 PAGES = [ROOT / "README.md", ROOT / "LOG.md", *(ROOT / "records").glob("**/*.md"), ROOT / "data/README.md"]
