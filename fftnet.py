@@ -217,8 +217,8 @@ class FFTNet(nn.Module):
         self.context = nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.GELU(),
                                      nn.Linear(hidden, 2 * M, bias=False))
         # Both start as the paper's do: a filter of ones, a threshold of 0.1.
-        ones_and_zeros = torch.tensor([1.0, 0.0]).repeat_interleave(M // n_head)
-        self.base = nn.Parameter(ones_and_zeros.repeat(n_head))
+        ones = torch.tensor([1.0, 0.0]).repeat_interleave(M // n_head)
+        self.base = nn.Parameter(ones.repeat(n_head))
         self.threshold = nn.Parameter(torch.full((M,), -0.1))
 
     def value(self, x: Tensor) -> Tensor:
@@ -265,10 +265,7 @@ class FFTNet(nn.Module):
 
 
 def running_spectrum_naive(a, k, v, g, theta, state=None):
-    """running_spectrum's numbers by its recurrence, in complex numbers; also decodes.
-
-    The result is y in v's shape and Z (B, H, M, d), complex.
-    """
+    """running_spectrum's numbers by its recurrence, complex -> y, Z (B, H, M, d); also decodes."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     a = torch.complex(*a.to(dtype).chunk(2, dim=-1))
     k = torch.complex(*k.to(dtype).chunk(2, dim=-1))

@@ -274,8 +274,8 @@ class ChunkwiseRule(torch.autograd.Function):
             torch.bmm(M[own], residual, out=E[own])
             torch.mul(decay[own], S[own], out=S[after]).baddbmm_(k_out[own].mT, E[own])
         ctx.save_for_backward(Q, K, b, D, since, left, P, M, S, E)
-        O = (since * Q @ S[:-H]).baddbmm_(P, E)
-        return O, S[-H:].clone()
+        out = (since * Q @ S[:-H]).baddbmm_(P, E)
+        return out, S[-H:].clone()
 
     @staticmethod
     def backward(ctx, dO, dS):

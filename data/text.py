@@ -6,10 +6,14 @@
     python data/text.py --hub roneneldan/TinyStories --out data/stories
     python data/text.py --hub HuggingFaceFW/fineweb --hub_config sample-10BT --rows 10000 --estimate
 
-.txt holds documents separated by a line `--separator` (without any, one document), .jsonl one document a row, as has
-a dataset of the Hugging Face hub (or a folder that holds one), which is streamed. `--estimate` only counts.
-Text is taken verbatim (qwen: in Unicode's normal form C, like its own tokenizer): `<|endoftext|>` inside a line is
-ordinary text, and only the tokenizer's start token marks where a document begins. Documents keep their order.
+.txt holds documents separated by a line `--separator` (without any, one document), .jsonl one
+document a row, as has
+a dataset of the Hugging Face hub (or a folder that holds one), which is streamed. `--estimate` only
+counts.
+Text is taken verbatim (qwen: in Unicode's normal form C, like its own tokenizer): `<|endoftext|>`
+inside a line is
+ordinary text, and only the tokenizer's start token marks where a document begins. Documents keep
+their order.
 Memory is bounded, and the shards appear together, when everything is done.
 """
 import argparse
@@ -36,23 +40,30 @@ from pathlib import Path
 import numpy as np
 
 PIECE = 1 << 20         # characters; a longer document is tokenised in pieces of about this size
-BATCH = 8 << 20         # characters given to the tokenizer's threads together: this bounds the memory
+# characters given to the tokenizer's threads together: this bounds the memory
+BATCH = 8 << 20
 AUTO_VAL = (1 << 20) + 1     # tokens: the race validates on 2**20 predictions
-# A piece ends before a space, or between a letter or digit and a newline. No pattern below joins those, so the
-# pieces' tokens are exactly the whole document's. (A megabyte without one such place is cut where it stands.) The
+# A piece ends before a space, or between a letter or digit and a newline. No pattern below joins
+# those, so the
+# pieces' tokens are exactly the whole document's. (A megabyte without one such place is cut where
+# it stands.) The
 # scripts left out have letters that normal form C takes apart, into a letter and a mark.
 WORD_END = re.compile(r"(?s).*(?:\S(?= )|[^\W_\u0900-\u0fff\ufb00-\ufb4f](?=\n))")
 # OpenAI's GPT-2 pattern, with possessive quantifiers, which match the same and do not backtrack
 GPT2_PATTERN = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-# Qwen2's, written in the same way: no two digits in a token, and newlines may stay with the punctuation before them
-QWEN_PATTERN = (r"'(?i:[sdmt]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-                r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s")
+# Qwen2's, written in the same way: no two digits in a token, and newlines may stay with the
+# punctuation before them
+QWEN_PATTERN = (
+    r"'(?i:[sdmt]|ll|re|ve)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s*[\r\n]|\s++$|\s+(?!\S)|\s"
+)
 QWEN_REPO = "Qwen/Qwen2.5-0.5B"     # Qwen3 has the same merges
-QWEN_SHA256 = "92a28645c27ae7dfbb3b5710eb590c37b59169daa4b8c2167648e63244629329"    # of the ranks, however stored
+# of the ranks, however stored
+QWEN_SHA256 = "92a28645c27ae7dfbb3b5710eb590c37b59169daa4b8c2167648e63244629329"
 QUIET = {"HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
          "DATASETS_VERBOSITY": "critical", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-HUB_ADVICE = {      # what a dataset that gives no row raises: what to do; the first that fits
+HUB_ADVICE = {  # what a dataset that gives no row raises: what to do; the first that fits
     ConnectionError: "check the network and HF_HUB_OFFLINE; a proxy needs HTTPS_PROXY, a mirror HF_ENDPOINT",
     FileNotFoundError: "check NAME; a private or gated one asks for HF_TOKEN, of an account that may read it",
     Exception: "check NAME, --hub_config and --split, then the network",
@@ -68,8 +79,10 @@ def brief(error):
 
 
 def merge_ranks(merges):
-    """Merges in GPT-2's spelling -> {token: rank}: first the 256 bytes, then what each merge makes."""
-    # each byte is spelled as one visible character: itself or, for the 68 invisible ones, U+0100 and up
+    """Merges in GPT-2's spelling -> {token: rank}: first the 256 bytes, then what each merge
+    makes."""
+    # each byte is spelled as one visible character: itself or, for the 68 invisible ones, U+0100
+    # and up
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
@@ -80,37 +93,57 @@ def merge_ranks(merges):
 
 
 def qwen_ranks(path):
-    """Qwen's {token: rank} from a file of its tokenizer; without a path, from the hub's cache or the hub."""
+    """Qwen's {token: rank} from a file of its tokenizer; without a path, from the hub's cache or
+    the hub."""
     if path is None:
         os.environ |= QUIET | os.environ
         try:
-            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+            from huggingface_hub import (
+                get_hf_file_metadata,
+                hf_hub_download,
+                hf_hub_url,
+                try_to_load_from_cache,
+            )
+
             path = try_to_load_from_cache(QWEN_REPO, "merges.txt")
             if not isinstance(path, str):
-                get_hf_file_metadata(hf_hub_url(QWEN_REPO, "merges.txt"))   # without a hub, this fails at once
+                # without a hub, this fails at once
+                get_hf_file_metadata(hf_hub_url(QWEN_REPO, "merges.txt"))
                 path = hf_hub_download(QWEN_REPO, "merges.txt")
-        except Exception as error:      # the hub's client has changed its HTTP library and errors before
-            fail(f"cannot get merges.txt of {QWEN_REPO} from the hub ({brief(error)}): fetch it by hand, "
-                 "then pass --ranks merges.txt")
+        # the hub's client has changed its HTTP library and errors before
+        except Exception as error:
+            fail(
+                f"cannot get merges.txt of {QWEN_REPO} from the hub ({brief(error)}): fetch it by hand, "
+                "then pass --ranks merges.txt"
+            )
     try:
         raw = Path(path).read_bytes()
         if raw.startswith(b"{"):                        # tokenizer.json
             ranks = merge_ranks("".join(merge) for merge in json.loads(raw)["model"]["merges"])
-        elif raw.split(maxsplit=2)[1].isdigit():        # qwen.tiktoken
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, raw.splitlines())}
+        elif raw.split(maxsplit=2)[1].isdigit():  # qwen.tiktoken
+            ranks = {
+                base64.b64decode(token): int(rank)
+                for token, rank in map(bytes.split, raw.splitlines())
+            }
         else:                                           # merges.txt
             ranks = merge_ranks(re.sub("^#version.*\n", "", raw.decode()).splitlines())
     except OSError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except (ValueError, LookupError, TypeError, RecursionError):
         ranks = {}
-    if hashlib.sha256(b"".join(b"%b %d\n" % row for row in ranks.items())).hexdigest() != QWEN_SHA256:
-        fail(f"{path} is damaged or not Qwen's: --ranks takes its merges.txt, tokenizer.json or qwen.tiktoken")
+    if (
+        hashlib.sha256(b"".join(b"%b %d\n" % row for row in ranks.items())).hexdigest()
+        != QWEN_SHA256
+    ):
+        fail(
+            f"{path} is damaged or not Qwen's: --ranks takes its merges.txt, tokenizer.json or qwen.tiktoken"
+        )
     return ranks
 
 
 def bpe_encoding(name, pattern, ranks, size):
-    """tiktoken.Encoding whose tokens after the ranks are <|endoftext|> and, up to `size`, numbered ones."""
+    """tiktoken.Encoding whose tokens after the ranks are <|endoftext|> and, up to `size`, numbered
+    ones."""
     try:
         import tiktoken
     except ImportError:
@@ -133,19 +166,26 @@ def gpt2_encoding():
 
 def bpe_codec(encoding, normal=str):
     threads = min(os.cpu_count() or 1, 16)
-    return lambda texts: encoding.encode_ordinary_batch([*map(normal, texts)], num_threads=threads), encoding.decode
+    return lambda texts: encoding.encode_ordinary_batch(
+        [*map(normal, texts)], num_threads=threads
+    ), encoding.decode
 
 
 def bytes_codec():
-    return (lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts],
-            lambda tokens: bytes(tokens).decode(errors="replace"))
+    return (
+        lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts],
+        lambda tokens: bytes(tokens).decode(errors="replace"),
+    )
 
 
-# Qwen's sizes: Qwen2.5 counts 151,665, Qwen3 four more, and their models are padded to 151,936, which may be sampled.
-# name: (vocabulary size, tokens that start a document, file of ranks or None -> (texts -> token lists, tokens -> text))
+# Qwen's sizes: Qwen2.5 counts 151,665, Qwen3 four more, and their models are padded to 151,936,
+# which may be sampled.
+# name: (vocabulary size, tokens that start a document, file of ranks or None -> (texts -> token
+# lists, tokens -> text))
 TOKENIZERS = {
     "gpt2": (50257, [50256], lambda _: bpe_codec(gpt2_encoding())),
-    "bytes": (256, [], lambda _: bytes_codec()),    # any value may be a byte of the text: none is left for the start
+    # any value may be a byte of the text: none is left for the start
+    "bytes": (256, [], lambda _: bytes_codec()),
     "qwen": (151665, [151643], lambda ranks: bpe_codec(bpe_encoding(
         "qwen", QWEN_PATTERN, qwen_ranks(ranks), 151936), partial(unicodedata.normalize, "NFC"))),
 }
@@ -153,7 +193,8 @@ UNPACK = {".gz": lambda raw: gzip.GzipFile(fileobj=raw), ".bz2": bz2.BZ2File}
 
 
 def read_lines(path, longest=-1):
-    """The lines of a file, line ends untouched; a line of more than `longest` characters comes in parts."""
+    """The lines of a file, line ends untouched; a line of more than `longest` characters comes in
+    parts."""
     number = 0
     try:
         with open(path, "rb") as raw:
@@ -163,9 +204,13 @@ def read_lines(path, longest=-1):
                 number += 1
                 yield line
     except UnicodeDecodeError:
-        fail(f"{path} is not UTF-8 text, near line {number + 1}: convert it first, for example with iconv")
+        fail(
+            f"{path} is not UTF-8 text, near line {number + 1}: convert it first, for example with iconv"
+        )
     except (OSError, EOFError, zlib.error) as error:
-        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or f'damaged or cut off ({error})'}")
+        fail(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or f'damaged or cut off ({error})'}"
+        )
 
 
 def text_pieces(path, args):
@@ -182,7 +227,8 @@ def text_pieces(path, args):
             text = "".join(held)
             end = found.end() if (found := WORD_END.match(text)) else size
             yield text[:end], starts
-            held, size, starts = [text[end:]], size - end, starts and not text[:end].strip()    # blank: dropped below
+            # blank: dropped below
+            held, size, starts = [text[end:]], size - end, starts and not text[:end].strip()
     yield "".join(held), starts
 
 
@@ -212,14 +258,20 @@ def hub_pieces(name, args):
     try:
         rows = load_dataset(name, args.hub_config, split=args.split, streaming=True)
         for number, row in enumerate(islice(rows, args.rows), 1):
-            if row.get(args.field, "") is not None:     # a null, which columns may hold, is a blank document
+            # a null, which columns may hold, is a blank document
+            if row.get(args.field, "") is not None:
                 yield text_of(row, args, f"{name}, row {number}"), True
-    except Exception as error:      # the library's own kinds, its HTTP client's, and those of every format it reads
-        advice = f"no shard was made; run it again, or end before that row with --rows {number}" if number else next(
-            advice for kind, advice in HUB_ADVICE.items() if isinstance(error, kind))
+    # the library's own kinds, its HTTP client's, and those of every format it reads
+    except Exception as error:
+        advice = (
+            f"no shard was made; run it again, or end before that row with --rows {number}"
+            if number
+            else next(advice for kind, advice in HUB_ADVICE.items() if isinstance(error, kind))
+        )
         fail(f"cannot read row {number + 1} of {name}: {brief(error)}: {advice}")
     finally:
-        gc.collect()        # ends pyarrow's readers: one left behind by --rows may abort Python as it exits
+        # ends pyarrow's readers: one left behind by --rows may abort Python as it exits
+        gc.collect()
 
 
 READERS = {".txt": text_pieces, ".jsonl": jsonl_pieces}
@@ -228,7 +280,9 @@ READERS = {".txt": text_pieces, ".jsonl": jsonl_pieces}
 def reader_of(path):
     inner = Path(path.stem).suffix or ".txt" if path.suffix in UNPACK else path.suffix
     if inner not in READERS:
-        fail(f"{path}: the name must end in {' or '.join(READERS)}, then perhaps {' or '.join(UNPACK)}")
+        fail(
+            f"{path}: the name must end in {' or '.join(READERS)}, then perhaps {' or '.join(UNPACK)}"
+        )
     if not path.is_file():
         fail(f"{path}: no such file")
     return READERS[inner]
@@ -248,7 +302,8 @@ def batches(sources):
 
 
 def tokenise(sources, start, encode, dtype):
-    """Yield (tokens, do they start a document, bytes) in the order of the text, and print the progress."""
+    """Yield (tokens, do they start a document, bytes) in the order of the text, and print the
+    progress."""
     read, made, began, spoke, live = 0, 0, time.time(), time.time(), sys.stdout.isatty()
     if not sources:
         return
@@ -256,7 +311,11 @@ def tokenise(sources, start, encode, dtype):
         for tokens, (text, starts) in zip(encode([text for text, _ in batch]), batch, strict=True):
             size = len(text.encode("utf-8", "replace"))
             made, read = made + len(tokens), read + size
-            yield np.concatenate([start if starts else [], tokens], dtype=dtype, casting="unsafe"), starts, size
+            yield (
+                np.concatenate([start if starts else [], tokens], dtype=dtype, casting="unsafe"),
+                starts,
+                size,
+            )
         now = time.time()
         megabytes = read / 1e6
         line = f"{megabytes:.1f} MB read, {megabytes / (now - began):.1f} MB/s, {made:,} tokens, {name}"
@@ -304,10 +363,12 @@ def estimate(held_out, stream, args):
     aside = set_aside(total, 0 if args.val else args.val_tokens)
     shards = [-(-count // args.shard_tokens) for count in (total - aside, aside + val)]
     total += val
-    print(f"{f'of the first {args.rows:,} rows: ' if args.rows else ''}{documents:,} documents, {total:,} tokens, "
-          f"{read:,} bytes of UTF-8, {read / total:.3f} bytes a token\n"
-          f"{total / documents:,.1f} tokens a document, {longest:,} in the longest; "
-          f"shards of up to {args.shard_tokens:,}: {shards[0]:,} to train on, {shards[1]:,} to validate on")
+    print(
+        f"{f'of the first {args.rows:,} rows: ' if args.rows else ''}{documents:,} documents, {total:,} tokens, "
+        f"{read:,} bytes of UTF-8, {read / total:.3f} bytes a token\n"
+        f"{total / documents:,.1f} tokens a document, {longest:,} in the longest; "
+        f"shards of up to {args.shard_tokens:,}: {shards[0]:,} to train on, {shards[1]:,} to validate on"
+    )
 
 
 class ShardWriter:
@@ -315,8 +376,15 @@ class ShardWriter:
     def __init__(self, stem, number, vocab_size, shard_tokens):
         from train_gpt2 import FORMATS
         self.dtype = np.uint16 if vocab_size <= 65535 else np.uint32
-        self.magic, self.version = next((m, v) for m, (v, dtype) in FORMATS.items() if dtype == self.dtype)
-        self.stem, self.number, self.vocab_size, self.shard_tokens = stem, number, vocab_size, shard_tokens
+        self.magic, self.version = next(
+            (m, v) for m, (v, dtype) in FORMATS.items() if dtype == self.dtype
+        )
+        self.stem, self.number, self.vocab_size, self.shard_tokens = (
+            stem,
+            number,
+            vocab_size,
+            shard_tokens,
+        )
         self.file, self.count = None, 0
 
     def write(self, tokens):
@@ -343,26 +411,56 @@ class ShardWriter:
 
 def parse(argv):
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.error = lambda message: p.exit(2, f"text.py: {message}\n")     # one line, without the usage
-    p.add_argument("files", nargs="*", type=Path, metavar="FILE", help=".txt or .jsonl, plain or .gz or .bz2")
-    p.add_argument("--hub", metavar="NAME", help="instead of files: a dataset of the hub, or a folder that holds one")
-    p.add_argument("--hub_config", metavar="NAME", help="the dataset's configuration, for example sample-10BT")
-    p.add_argument("--split", default="train", metavar="NAME", help="of the dataset (default: %(default)s)")
+    p.error = lambda message: p.exit(2, f"text.py: {message}\n")  # one line, without the usage
+    p.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help=".txt or .jsonl, plain or .gz or .bz2"
+    )
+    p.add_argument(
+        "--hub",
+        metavar="NAME",
+        help="instead of files: a dataset of the hub, or a folder that holds one",
+    )
+    p.add_argument(
+        "--hub_config", metavar="NAME", help="the dataset's configuration, for example sample-10BT"
+    )
+    p.add_argument(
+        "--split", default="train", metavar="NAME", help="of the dataset (default: %(default)s)"
+    )
     p.add_argument("--rows", type=int, metavar="N", help="take only the dataset's first N rows")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the shards")
-    p.add_argument("--estimate", action="store_true", help="count documents, tokens and shards, and write nothing")
+    p.add_argument(
+        "--estimate",
+        action="store_true",
+        help="count documents, tokens and shards, and write nothing",
+    )
     p.add_argument("--prefix", help="how the shards' names begin (default: the name of the folder)")
     p.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: %(default)s")
-    p.add_argument("--ranks", type=Path, metavar="FILE", help="qwen's merges.txt, tokenizer.json or qwen.tiktoken "
-                   "(default: fetched from the hub once)")
-    p.add_argument("--separator", default="<|endoftext|>", metavar="LINE",
-                   help="line between two documents of a .txt (default: %(default)s; '' is an empty line)")
+    p.add_argument(
+        "--ranks",
+        type=Path,
+        metavar="FILE",
+        help="qwen's merges.txt, tokenizer.json or qwen.tiktoken "
+        "(default: fetched from the hub once)",
+    )
+    p.add_argument(
+        "--separator",
+        default="<|endoftext|>",
+        metavar="LINE",
+        help="line between two documents of a .txt (default: %(default)s; '' is an empty line)",
+    )
     p.add_argument("--field", default="text", help="field of a row (default: %(default)s)")
-    p.add_argument("--val_tokens", type=int, metavar="N", help="validate on the last N tokens, 0: on none "
-                   f"(default: a tenth of the text, at most {AUTO_VAL:,})")
+    p.add_argument(
+        "--val_tokens",
+        type=int,
+        metavar="N",
+        help="validate on the last N tokens, 0: on none "
+        f"(default: a tenth of the text, at most {AUTO_VAL:,})",
+    )
     p.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE",
                    help="validate on these files instead")
-    p.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s")
+    p.add_argument(
+        "--shard_tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s"
+    )
     args = p.parse_args(argv)
     if bool(args.files) == bool(args.hub):
         p.error("give either FILEs or --hub NAME")
@@ -374,14 +472,22 @@ def parse(argv):
         p.error("choose either --val or --val_tokens")
     if args.ranks and args.tokenizer != "qwen":
         p.error("--ranks is for --tokenizer qwen")
-    if args.shard_tokens < 1 or args.rows is not None and args.rows < 1 or (args.val_tokens or 0) < 0:
+    if (
+        args.shard_tokens < 1
+        or args.rows is not None
+        and args.rows < 1
+        or (args.val_tokens or 0) < 0
+    ):
         p.error("--shard_tokens and --rows must be at least 1, and --val_tokens at least 0")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
-    sources, held_out = ([(path.name, reader_of(path)(path, args)) for path in part] for part in (args.files, args.val))
+    sources, held_out = (
+        [(path.name, reader_of(path)(path, args)) for path in part]
+        for part in (args.files, args.val)
+    )
     if not args.estimate:
         prefix = args.prefix or args.out.resolve().name
         names = [f"{glob.escape(prefix)}_{part}_*.bin" for part in ("train", "val")]
@@ -393,12 +499,16 @@ def main(argv=None):
         rows = hub_pieces(args.hub, args)
         sources = [(args.hub, chain([*islice(rows, 1)], rows))]
     if args.estimate:
-        return estimate(*(tokenise(part, start, encode, np.uint32) for part in (held_out, sources)), args)
+        return estimate(
+            *(tokenise(part, start, encode, np.uint32) for part in (held_out, sources)), args
+        )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished_") as temporary:
-            train, val = (ShardWriter(f"{temporary}/{prefix}_{part}", number, vocab_size, args.shard_tokens)
-                          for part, number in (("train", 1), ("val", 0)))
+            train, val = (
+                ShardWriter(f"{temporary}/{prefix}_{part}", number, vocab_size, args.shard_tokens)
+                for part, number in (("train", 1), ("val", 0))
+            )
             for tokens, *_ in tokenise(held_out, start, encode, val.dtype):
                 val.write(tokens)
             stream = tokenise(sources, start, encode, train.dtype)

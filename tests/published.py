@@ -1,4 +1,6 @@
-"""What was published, and sees the future: positive controls of test_causality.py. Maps (B, T, C) -> (B, T, C)."""
+"""What was published, and sees the future: positive controls of test_causality.py. Maps (B, T, C)
+-> (B, T, C)."""
+
 import math
 
 import torch
@@ -10,13 +12,16 @@ from diff import DiffAttention
 
 
 class ZeroPaddedAFNO(nn.Module):
-    """AFNO as planned for language: it thresholds the data's own spectrum, and padding to 2T does not make that causal.
+    """AFNO as planned for language: it thresholds the data's own spectrum, and padding to 2T does
+    not make that causal.
 
     Source: NVlabs/AFNO-transformer, and the padding of michaltakac/nocap-test-research.
     """
     def __init__(self, dim=32, blocks=4):
         super().__init__()
-        self.w1, self.w2 = (nn.Parameter(torch.randn(blocks, dim // blocks, dim // blocks, 2) / 4) for _ in range(2))
+        self.w1, self.w2 = (
+            nn.Parameter(torch.randn(blocks, dim // blocks, dim // blocks, 2) / 4) for _ in range(2)
+        )
         self.proj = nn.Linear(dim, dim, bias=False)
         nn.init.zeros_(self.proj.weight)
 
@@ -24,15 +29,21 @@ class ZeroPaddedAFNO(nn.Module):
         n = 2 * x.size(1)
         z = torch.fft.rfft(x, n=n, dim=1, norm="ortho").unflatten(2, (len(self.w1), -1))
         z = torch.einsum("btni,nio->btno", z, torch.view_as_complex(self.w1))
-        z = torch.einsum("btni,nio->btno", torch.complex(z.real.relu(), z.imag.relu()), torch.view_as_complex(self.w2))
+        z = torch.einsum(
+            "btni,nio->btno",
+            torch.complex(z.real.relu(), z.imag.relu()),
+            torch.view_as_complex(self.w2),
+        )
         z = torch.complex(F.softshrink(z.real, 0.01), F.softshrink(z.imag, 0.01)).flatten(2)
         return self.proj(torch.fft.irfft(z, n=n, dim=1, norm="ortho")[:, :x.size(1)])
 
 
 class WholeWindowFFTNet(nn.Module):
-    """FFTNet: FFT of the window, times base + MLP(mean of all tokens), modReLU, inverse FFT, real part.
+    """FFTNet: FFT of the window, times base + MLP(mean of all tokens), modReLU, inverse FFT, real
+    part.
 
-    With its own start of the modReLU bias, 0, it is a gate per channel and no more. Source: mrorigo/pytorch-fftnet.
+    With its own start of the modReLU bias, 0, it is a gate per channel and no more. Source:
+    mrorigo/pytorch-fftnet.
     """
     def __init__(self, dim=32, bias=-0.5):
         super().__init__()
@@ -56,7 +67,9 @@ def masked(hidden):
 
 
 class InvertedMask(CausalSelfAttention):
-    """NanoFormer's attention: its mask hides the past and the token itself. Source: Datta0/nanoformer."""
+    """NanoFormer's attention: its mask hides the past and the token itself. Source:
+    Datta0/nanoformer."""
+
     def __init__(self, dim=32, seq_len=160):
         super().__init__(dim, seq_len, n_head=4, n_kv_head=2)
 

@@ -20,16 +20,29 @@ def write(path, tokens, magic=20240520, version=1, vocab=50, count=None, dtype="
 def test_open_shard(tmp_path):
     tokens, vocab = open_shard(write(tmp_path / "a.bin", [1, 2, 49]))
     assert tokens.tolist() == [1, 2, 49] and vocab == 50 and isinstance(tokens, np.memmap)
-    assert open_shard(write(tmp_path / "b.bin", [50256], vocab=0))[1] == 50257           # no vocabulary: GPT-2's
-    tokens, vocab = open_shard(write(tmp_path / "c.bin", [0, 99_999], 20240801, 7, 100_000, dtype="<u4"))
+    # no vocabulary: GPT-2's
+    assert open_shard(write(tmp_path / "b.bin", [50256], vocab=0))[1] == 50257
+    tokens, vocab = open_shard(
+        write(tmp_path / "c.bin", [0, 99_999], 20240801, 7, 100_000, dtype="<u4")
+    )
     assert tokens.tolist() == [0, 99_999] and vocab == 100_000
 
 
-@pytest.mark.parametrize("why, defect", [
-    ("256 is outside", dict(tokens=[1, 256])), ("50257 is outside", dict(tokens=[50257], vocab=0)),
-    ("version 2", dict(version=2)), ("version 1", dict(magic=20240801, dtype="<u4")),
-    ("not a token shard", dict(magic=7)), ("truncated", dict(count=9)), ("truncated", dict(extra=b"\0\0")),
-    ("truncated", dict(tokens=[])), ("truncated", dict(count=-3)), ("truncated", dict(dtype="<u4"))])
+@pytest.mark.parametrize(
+    "why, defect",
+    [
+        ("256 is outside", dict(tokens=[1, 256])),
+        ("50257 is outside", dict(tokens=[50257], vocab=0)),
+        ("version 2", dict(version=2)),
+        ("version 1", dict(magic=20240801, dtype="<u4")),
+        ("not a token shard", dict(magic=7)),
+        ("truncated", dict(count=9)),
+        ("truncated", dict(extra=b"\0\0")),
+        ("truncated", dict(tokens=[])),
+        ("truncated", dict(count=-3)),
+        ("truncated", dict(dtype="<u4")),
+    ],
+)
 def test_open_shard_refuses(tmp_path, why, defect):
     path = write(tmp_path / "x.bin", **dict(tokens=[1, 2, 3], vocab=256) | defect)
     with pytest.raises(SystemExit) as e:
@@ -41,7 +54,9 @@ def test_open_shard_refuses(tmp_path, why, defect):
 def test_open_shard_refuses_what_is_no_shard(tmp_path, content):
     if content is not None:
         (tmp_path / "x.bin").write_bytes(content)
-    with pytest.raises(SystemExit, match="no such file" if content is None else "not a token shard"):
+    with pytest.raises(
+        SystemExit, match="no such file" if content is None else "not a token shard"
+    ):
         open_shard(str(tmp_path / "x.bin"))
 
 
@@ -63,7 +78,9 @@ SHARDS = {"a": np.arange(3 * T + 2), "short": 900 + np.arange(3), "b": 1000 + np
 
 
 def windows(rank=0, world=1, shuffle=False, batch=4, accumulation=1, shards=SHARDS, T=T):
-    cfg = SimpleNamespace(sequence_length=T, batch_size=batch, grad_accumulation_steps=accumulation, shuffle=shuffle)
+    cfg = SimpleNamespace(
+        sequence_length=T, batch_size=batch, grad_accumulation_steps=accumulation, shuffle=shuffle
+    )
     cfg.seed, cfg.tokens_per_step = 3, batch * accumulation * T
     return Windows(shards, cfg, rank, world)
 
@@ -76,27 +93,44 @@ def rows(*args, steps, **kwargs):                           # all rows of some s
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_an_epoch_is_every_window_once(world, shuffle):
     n = len(windows(shuffle=shuffle))
-    steps = range(n)                                        # n steps of 4 are four epochs
-    seen = [r for step in steps for rank in range(world) for r in windows(rank, world, shuffle).batch(step).tolist()]
+    steps = range(n)  # n steps of 4 are four epochs
+    seen = [
+        r
+        for step in steps
+        for rank in range(world)
+        for r in windows(rank, world, shuffle).batch(step).tolist()
+    ]
     for epoch in range(4):
         starts = sorted(r[0] for r in seen[epoch * n:epoch * n + n])
         assert len(set(starts)) == n
-        for shard in SHARDS.values():                       # a grid of T over each shard, from one common offset
+        # a grid of T over each shard, from one common offset
+        for shard in SHARDS.values():
             mine = [s for s in starts if shard[0] <= s <= shard[-1]]
             assert len(mine) >= (len(shard) - 1) // T - shuffle
             if mine:
-                assert mine == list(range(mine[0], mine[0] + T * len(mine), T)) and mine[0] - shard[0] < T
+                assert (
+                    mine == list(range(mine[0], mine[0] + T * len(mine), T))
+                    and mine[0] - shard[0] < T
+                )
                 assert shuffle or mine[0] == shard[0]
-    for r in seen:                                          # inside one shard: x, and y shifted by one
-        assert r == list(range(r[0], r[0] + T + 1)) and any(r[0] in s and r[-1] in s for s in SHARDS.values())
+    # inside one shard: x, and y shifted by one
+    for r in seen:
+        assert r == list(range(r[0], r[0] + T + 1)) and any(
+            r[0] in s and r[-1] in s for s in SHARDS.values()
+        )
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_processes_share_a_step(shuffle):
-    for step in range(7):                                   # across the borders of shards and epochs
+    # across the borders of shards and epochs
+    for step in range(7):
         whole = windows(shuffle=shuffle).batch(step).tolist()
         for world in (2, 4):
-            assert [r for rank in range(world) for r in windows(rank, world, shuffle).batch(step).tolist()] == whole
+            assert [
+                r
+                for rank in range(world)
+                for r in windows(rank, world, shuffle).batch(step).tolist()
+            ] == whole
 
 
 def test_file_order():
@@ -117,7 +151,9 @@ def test_shuffle_is_a_new_order_and_offset_every_epoch():
 
 
 def test_targets_are_the_inputs_shifted_by_one():
-    ((x, y, share), (x2, y2, _)), predictions = next(stream(windows(batch=2, accumulation=2), torch.device("cpu")))
+    ((x, y, share), (x2, y2, _)), predictions = next(
+        stream(windows(batch=2, accumulation=2), torch.device("cpu"))
+    )
     assert share == 0.5 and predictions == 4 * T
     assert x.shape == y.shape == (2, T) and x.dtype == torch.int64
     assert torch.equal(y, x + 1) and x[0, 0] == 0 and x2[0, 0] == 2 * T

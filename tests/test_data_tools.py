@@ -1,4 +1,6 @@
-"""data/text.py and data/fineweb.py: round trips, refusals, the embedded shards. Only loopback is used."""
+"""data/text.py and data/fineweb.py: round trips, refusals, the embedded shards. Only loopback is
+used."""
+
 import argparse
 import base64
 import bz2
@@ -30,7 +32,11 @@ import text as tool  # noqa: E402
 from train_gpt2 import open_shard  # noqa: E402
 
 EOT = 50256
-DOCS = ["hello world", "Zwölf Boxkämpfer 💡\r\n  \n\nit's  <|endoftext|> here\t\n", "a\u2028b 1234\n\n\n"]
+DOCS = [
+    "hello world",
+    "Zwölf Boxkämpfer 💡\r\n  \n\nit's  <|endoftext|> here\t\n",
+    "a\u2028b 1234\n\n\n",
+]
 
 
 @pytest.fixture(scope="session")
@@ -43,12 +49,20 @@ def make(*argv):
     out = Path(argv[argv.index("--out") + 1])
     assert not [p for p in out.iterdir() if p.suffix != ".bin"], "temporary files left"
     shards = {p.stem.removeprefix(out.name + "_"): open_shard(p) for p in sorted(out.iterdir())}
-    return {part: tokens.tolist() for part, (tokens, _) in shards.items()}, {v for _, v in shards.values()}
+    return {part: tokens.tolist() for part, (tokens, _) in shards.items()}, {
+        v for _, v in shards.values()
+    }
 
 
 def run(script, *argv, env=None, **kwargs):
-    return subprocess.run([sys.executable, DATA / script, *map(str, argv)], capture_output=True, text=True,
-                          timeout=60, env=os.environ | (env or {}), **kwargs)
+    return subprocess.run(
+        [sys.executable, DATA / script, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | (env or {}),
+        **kwargs,
+    )
 
 
 def refused(done, *words):
@@ -71,7 +85,9 @@ def test_embedded_shards(name, count, sha):
 
 
 def test_text_py_remakes_the_embedded_shards(tmp_path):
-    whole = np.concatenate([open_shard(DATA / f"tinyshakespeare/{part}.bin")[0] for part in ("train", "val")])
+    whole = np.concatenate(
+        [open_shard(DATA / f"tinyshakespeare/{part}.bin")[0] for part in ("train", "val")]
+    )
     (tmp_path / "input.txt").write_bytes(whole.astype(np.uint8).tobytes())
     make(tmp_path / "input.txt", "--tokenizer", "bytes", "--out", tmp_path / "t")
     for made, shipped in (("t_train_000001", "train"), ("t_val_000000", "val")):
@@ -85,11 +101,15 @@ def test_gpt2_encoding(gpt2):
     assert EOT not in gpt2.encode_ordinary("<|endoftext|>")
     assert gpt2.encode_ordinary("\n\n\n") == [628, 198]
     hidden = [*range(33), *range(127, 161), 173]
-    assert gpt2.decode_bytes(range(256)) == bytes([b for b in range(256) if b not in hidden] + hidden)
+    assert gpt2.decode_bytes(range(256)) == bytes(
+        [b for b in range(256) if b not in hidden] + hidden
+    )
 
 
 # ---------------------------------------------------------------- text.py: what goes in comes out
-@pytest.mark.parametrize("name", "d.jsonl d.jsonl.gz d.jsonl.bz2 d.txt d.txt.gz d.txt.bz2 d.gz d.bz2".split())
+@pytest.mark.parametrize(
+    "name", "d.jsonl d.jsonl.gz d.jsonl.bz2 d.txt d.txt.gz d.txt.bz2 d.gz d.bz2".split()
+)
 def test_every_kind_of_file(name, tmp_path, gpt2):
     docs = [d if d.endswith("\n") else d + "\n" for d in DOCS]
     if "jsonl" in name:
@@ -110,7 +130,10 @@ def test_bytes_other_separator_and_held_out_files(tmp_path):
     shards, vocab = make(tmp_path / "a.txt", "--val", tmp_path / "b.txt", "--out", tmp_path / "s",
                          "--tokenizer", "bytes", "--separator", "")
     assert vocab == {256}
-    assert bytes(shards["train_000001"]) == b"one\ntwo\n" and bytes(shards["val_000000"]) == b"three\r\n"
+    assert (
+        bytes(shards["train_000001"]) == b"one\ntwo\n"
+        and bytes(shards["val_000000"]) == b"three\r\n"
+    )
 
 
 def test_pieces_of_one_big_document_give_the_tokens_of_the_whole(tmp_path, gpt2, monkeypatch):
@@ -131,14 +154,20 @@ def test_a_document_that_begins_with_a_blank_piece_still_has_its_start(tmp_path,
     (tmp_path / "a.txt").write_text("\n" * 300 + "hello world")
     shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--val_tokens", 0)
     tokens = shards["train_000001"]
-    assert tokens[0] == EOT and tokens.count(EOT) == 1 and gpt2.decode(tokens[1:]).strip() == "hello world"
+    assert (
+        tokens[0] == EOT
+        and tokens.count(EOT) == 1
+        and gpt2.decode(tokens[1:]).strip() == "hello world"
+    )
 
 
 def test_default_validation_part_and_none(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1001)
     shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "bytes")
     assert {k: len(v) for k, v in shards.items()} == {"train_000001": 900, "val_000000": 101}
-    shards, _ = make(tmp_path / "a.txt", "--out", tmp_path / "n", "--tokenizer", "bytes", "--val_tokens", 0)
+    shards, _ = make(
+        tmp_path / "a.txt", "--out", tmp_path / "n", "--tokenizer", "bytes", "--val_tokens", 0
+    )
     assert {k: len(v) for k, v in shards.items()} == {"train_000001": 1001}
 
 
@@ -151,10 +180,13 @@ def test_big_vocabularies_get_uint32(tmp_path):
 
 
 # ---------------------------------------------------------------- text.py: Qwen's tokenizer
-QWEN_SPLIT = regex.compile(     # as transformers has it
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-CRUMBS = ("\n|\n\n|\r\n|\t| |  |   |.|!?|'s|'LLama|'\u017f|-|_|1|23|\u00b2|hello|world|Zw\u00f6lf|e\u0301|\u212b|"
-          "\u0301|\u4e2d\u6587|\u1112\u1161\u11ab|\u0958|\u0915\u093c|\u2028|\u3000|\u00a0|\U0001f4a1").split("|")
+QWEN_SPLIT = regex.compile(  # as transformers has it
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CRUMBS = (
+    "\n|\n\n|\r\n|\t| |  |   |.|!?|'s|'LLama|'\u017f|-|_|1|23|\u00b2|hello|world|Zw\u00f6lf|e\u0301|\u212b|"
+    "\u0301|\u4e2d\u6587|\u1112\u1161\u11ab|\u0958|\u0915\u093c|\u2028|\u3000|\u00a0|\U0001f4a1"
+).split("|")
 
 
 def crumbs(seed):
@@ -166,7 +198,9 @@ def naive_bpe(text, ranks):
     ids = []
     for word in QWEN_SPLIT.findall(unicodedata.normalize("NFC", text)):
         parts = [bytes([b]) for b in word.encode()]
-        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+        while pairs := [
+            (ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks
+        ]:
             i = min(pairs)[1]
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         ids += [ranks[part] for part in parts]
@@ -175,8 +209,10 @@ def naive_bpe(text, ranks):
 
 @pytest.fixture(scope="session")
 def synthetic(gpt2, tmp_path_factory):
-    """151,387 merges: 400 learned from crumbs, others that no text can reach -> (merges, ranks, file, digest)."""
-    words = [[bytes([b]) for b in crumbs(i).encode()] for i in range(200)]      # unsplit: a wrong split shows
+    """151,387 merges: 400 learned from crumbs, others that no text can reach -> (merges, ranks,
+    file, digest)."""
+    # unsplit: a wrong split shows
+    words = [[bytes([b]) for b in crumbs(i).encode()] for i in range(200)]
     learned = []
     for _ in range(400):
         counts = {}
@@ -194,8 +230,15 @@ def synthetic(gpt2, tmp_path_factory):
     learned += [(b"\xff", b"\xfe%d" % i) for i in range(151_387 - len(learned))]
     ranks |= {a + b: 256 + i for i, (a, b) in enumerate(learned)}
     path = tmp_path_factory.mktemp("ranks") / "qwen.tiktoken"
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-    return learned, ranks, path, hashlib.sha256(b"".join(b"%b %d\n" % row for row in ranks.items())).hexdigest()
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    )
+    return (
+        learned,
+        ranks,
+        path,
+        hashlib.sha256(b"".join(b"%b %d\n" % row for row in ranks.items())).hexdigest(),
+    )
 
 
 @pytest.fixture
@@ -203,7 +246,8 @@ def qwen(synthetic, monkeypatch):
     """A synthetic qwen.tiktoken that text.py takes for Qwen's -> (its path, its ranks)."""
     _, ranks, path, digest = synthetic
     monkeypatch.setattr(tool, "QWEN_SHA256", digest)
-    monkeypatch.setattr("data.text.QWEN_SHA256", digest)        # the same file, as sample.py imports it
+    # the same file, as sample.py imports it
+    monkeypatch.setattr("data.text.QWEN_SHA256", digest)
     return path, ranks
 
 
@@ -231,12 +275,26 @@ def test_qwen_shards(qwen, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "PIECE", 97)
     monkeypatch.setattr(tool, "BATCH", 500)
     path, ranks = qwen
-    # newlines stay with what is no letter before them, and U+0958 becomes such in normal form C: no cut there
-    docs = ["".join(f"{crumbs(i)} w\u0958\nit's <|endoftext|> {i}.\nlong{'x' * 20}\n\n" for i in part)
-            for part in (range(60), range(60, 70))]
+    # newlines stay with what is no letter before them, and U+0958 becomes such in normal form C: no
+    # cut there
+    docs = [
+        "".join(f"{crumbs(i)} w\u0958\nit's <|endoftext|> {i}.\nlong{'x' * 20}\n\n" for i in part)
+        for part in (range(60), range(60, 70))
+    ]
     (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(docs), newline="")
-    shards, vocab = make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "qwen", "--ranks", path,
-                         "--val_tokens", 500, "--shard_tokens", 700)
+    shards, vocab = make(
+        tmp_path / "a.txt",
+        "--out",
+        tmp_path / "s",
+        "--tokenizer",
+        "qwen",
+        "--ranks",
+        path,
+        "--val_tokens",
+        500,
+        "--shard_tokens",
+        700,
+    )
     want = [token for doc in docs for token in [151_643] + naive_bpe(doc, ranks)]
     assert shards.pop("val_000000") == want[-500:] and vocab == {151_665}
     assert sum(shards.values(), []) == want[:-500] and want.count(151_643) == 2 and len(shards) > 2
@@ -256,7 +314,8 @@ def test_every_kind_of_ranks_file(qwen, synthetic, tmp_path):
     pairs = [(spelled(a), spelled(b)) for a, b in synthetic[0]]
     lines = [" ".join(pair) for pair in pairs]
     files = {"merges.txt": "\n".join(["#version: 0.2", *lines, ""]), "bare.txt": "\n".join(lines)}
-    files["tokenizer.json"] = json.dumps({"model": {"merges": lines[:9] + pairs[9:]}})      # old and new spelling
+    # old and new spelling
+    files["tokenizer.json"] = json.dumps({"model": {"merges": lines[:9] + pairs[9:]}})
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert tool.qwen_ranks(tmp_path / name) == ranks, name
@@ -264,13 +323,23 @@ def test_every_kind_of_ranks_file(qwen, synthetic, tmp_path):
 
 def test_other_ranks_are_refused(qwen, tmp_path, capsys):
     raw = qwen[0].read_bytes()
-    wrong = {"cut.tiktoken": raw[:-40], "flipped.tiktoken": raw.replace(b"//4x ", b"//4Y ", 1), "empty": b"",
-             "gpt2.txt": bz2.decompress((DATA / "gpt2_vocab.bpe.bz2").read_bytes()), "vocab.json": b'{"!": 0}',
-             "cut.json": b'{"model": {"merges"', "page.html": b"<html> sign in", "torn": b"\xff \xff \xff"}
+    wrong = {
+        "cut.tiktoken": raw[:-40],
+        "flipped.tiktoken": raw.replace(b"//4x ", b"//4Y ", 1),
+        "empty": b"",
+        "gpt2.txt": bz2.decompress((DATA / "gpt2_vocab.bpe.bz2").read_bytes()),
+        "vocab.json": b'{"!": 0}',
+        "cut.json": b'{"model": {"merges"',
+        "page.html": b"<html> sign in",
+        "torn": b"\xff \xff \xff",
+    }
     assert wrong["flipped.tiktoken"] != raw
     for name, content in wrong.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(SystemExit, match=f"^text.py: .*{name} is damaged or not Qwen's: [^\n]*merges.txt[^\n]*$"):
+        with pytest.raises(
+            SystemExit,
+            match=f"^text.py: .*{name} is damaged or not Qwen's: [^\n]*merges.txt[^\n]*$",
+        ):
             tool.qwen_ranks(tmp_path / name)
     with pytest.raises(SystemExit, match="cannot read .*missing: No such file"):
         tool.qwen_ranks(tmp_path / "missing")
@@ -281,12 +350,21 @@ def test_other_ranks_are_refused(qwen, tmp_path, capsys):
 
 @pytest.mark.parametrize("hub", [fineweb.REPO], indirect=True)
 def test_qwen_from_the_hub(hub, synthetic, qwen, tmp_path):
-    hub.files = {"merges.txt": "\n".join(f"{spelled(a)} {spelled(b)}" for a, b in synthetic[0]).encode()}
-    code = f"import text; text.QWEN_SHA256 = {tool.QWEN_SHA256!r}; print(len(text.qwen_ranks(None)))"
+    hub.files = {
+        "merges.txt": "\n".join(f"{spelled(a)} {spelled(b)}" for a, b in synthetic[0]).encode()
+    }
+    code = (
+        f"import text; text.QWEN_SHA256 = {tool.QWEN_SHA256!r}; print(len(text.qwen_ranks(None)))"
+    )
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    for url in (hub.url, "http://127.0.0.1:9"):     # the second one is answered from the cache
-        done = subprocess.run([sys.executable, "-c", code], cwd=DATA, env=env | {"HF_ENDPOINT": url},
-                              capture_output=True, text=True)
+    for url in (hub.url, "http://127.0.0.1:9"):  # the second one is answered from the cache
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=DATA,
+            env=env | {"HF_ENDPOINT": url},
+            capture_output=True,
+            text=True,
+        )
         assert (done.stdout, done.stderr) == ("151643\n", "")
     (tmp_path / "a.txt").write_text("hello")
     env["HF_HOME"] = str(tmp_path / "empty")
@@ -305,7 +383,8 @@ def test_sample_finds_the_tokenizer_of_a_vocabulary(qwen):
         assert unicodedata.normalize("NFC", decode(ids)) == "Zw\u00f6lf \u00e9<|endoftext|>"
     with pytest.raises(SystemExit, match="no tokenizer for a vocabulary of 300 tokens.*qwen"):
         sample.codec(300)
-    with pytest.raises(SystemExit, match="cannot read .*missing"):      # the padded size is Qwen's too
+    # the padded size is Qwen's too
+    with pytest.raises(SystemExit, match="cannot read .*missing"):
         sample.codec(151_936, qwen[0].with_name("missing"))
 
 
@@ -343,7 +422,11 @@ def test_bad_input_is_refused_and_leaves_nothing(name, tmp_path, capsys):
         path.write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         tool.main([str(path), "--out", str(tmp_path / "s"), "--tokenizer", "bytes", *more])
-    answer = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.rstrip("\n")
+    answer = (
+        stop.value.code
+        if isinstance(stop.value.code, str)
+        else capsys.readouterr().err.rstrip("\n")
+    )
     assert answer.startswith("text.py: ") and "\n" not in answer
     assert all(word in answer for word in words), answer
     assert not (tmp_path / "s").exists() or not list((tmp_path / "s").iterdir())
@@ -391,8 +474,10 @@ def test_damaged_merges_are_noticed(tmp_path, monkeypatch):
             tool.gpt2_encoding()
 
 
-# ---------------------------------------------------------------- text.py: a dataset of the hub, and --estimate
-ROWS = [{"id": i, "text": d, "body": f"{d} twice {d}"} for i, d in enumerate([*DOCS, " \n", "the end"])]
+# ---------------- text.py: a dataset of the hub, and --estimate
+ROWS = [
+    {"id": i, "text": d, "body": f"{d} twice {d}"} for i, d in enumerate([*DOCS, " \n", "the end"])
+]
 
 
 def write_rows(path, rows):
@@ -402,7 +487,8 @@ def write_rows(path, rows):
 
 @pytest.fixture
 def library(monkeypatch):
-    """Stands in for `datasets`: streams `rows`, raises an exception among them in its turn, notes what is asked."""
+    """Stands in for `datasets`: streams `rows`, raises an exception among them in its turn, notes
+    what is asked."""
     fake = types.SimpleNamespace(rows=ROWS, asked=[], given=0)
 
     def stream():
@@ -422,15 +508,37 @@ def library(monkeypatch):
     return fake
 
 
-@pytest.mark.parametrize("more", [[], ["--field", "body"], ["--val_tokens", "4"], ["--val", "held.txt"],
-                                  ["--tokenizer", "bytes", "--shard_tokens", "9"]],
-                         ids=lambda more: "_".join(more) or "as is")
-def test_streamed_rows_give_the_shards_of_the_same_jsonl(more, library, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--field", "body"],
+        ["--val_tokens", "4"],
+        ["--val", "held.txt"],
+        ["--tokenizer", "bytes", "--shard_tokens", "9"],
+    ],
+    ids=lambda more: "_".join(more) or "as is",
+)
+def test_streamed_rows_give_the_shards_of_the_same_jsonl(
+    more, library, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     Path("held.txt").write_text("held out")
     make(write_rows(tmp_path / "a.jsonl", ROWS), "--out", tmp_path / "x", "--prefix", "p", *more)
     capsys.readouterr()
-    make("--hub", "me/set", "--hub_config", "small", "--split", "test", "--out", tmp_path / "y", "--prefix", "p", *more)
+    make(
+        "--hub",
+        "me/set",
+        "--hub_config",
+        "small",
+        "--split",
+        "test",
+        "--out",
+        tmp_path / "y",
+        "--prefix",
+        "p",
+        *more,
+    )
     assert library.asked == [(("me/set", "small"), {"split": "test", "streaming": True})]
     assert " tokens, me/set\n" in capsys.readouterr().out
     x, y = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in "xy")
@@ -438,16 +546,33 @@ def test_streamed_rows_give_the_shards_of_the_same_jsonl(more, library, tmp_path
 
 
 def test_only_the_first_rows_are_asked_for(library, tmp_path, gpt2):
-    library.rows = [{"text": None}, *ROWS]                  # a null, as columns may hold, is no document
+    # a null, as columns may hold, is no document
+    library.rows = [{"text": None}, *ROWS]
     shards, _ = make("--hub", "me/set", "--rows", 3, "--val_tokens", 0, "--out", tmp_path / "s")
-    assert shards == {"train_000001": [token for d in DOCS[:2] for token in [EOT] + gpt2.encode_ordinary(d)]}
-    assert library.given == 3 and library.asked == [(("me/set", None), {"split": "train", "streaming": True})]
+    assert shards == {
+        "train_000001": [token for d in DOCS[:2] for token in [EOT] + gpt2.encode_ordinary(d)]
+    }
+    assert library.given == 3 and library.asked == [
+        (("me/set", None), {"split": "train", "streaming": True})
+    ]
 
 
-BAD_HUB = {             # name: (rows, more arguments, words of the answer)
-    "no network": ([ConnectionError("Couldn't reach it.")], [], ["row 1 of me/set", "reach it: check", "HTTPS_PROXY"]),
-    "no such set": ([FileNotFoundError("Dataset doesn't exist.")], [], ["doesn't exist: check NAME", "HF_TOKEN"]),
-    "no such split": ([ValueError("Bad split: x.\nThere are\n ['train']")], [], ["There are ['train']: ", "--split"]),
+BAD_HUB = {  # name: (rows, more arguments, words of the answer)
+    "no network": (
+        [ConnectionError("Couldn't reach it.")],
+        [],
+        ["row 1 of me/set", "reach it: check", "HTTPS_PROXY"],
+    ),
+    "no such set": (
+        [FileNotFoundError("Dataset doesn't exist.")],
+        [],
+        ["doesn't exist: check NAME", "HF_TOKEN"],
+    ),
+    "no such split": (
+        [ValueError("Bad split: x.\nThere are\n ['train']")],
+        [],
+        ["There are ['train']: ", "--split"],
+    ),
     "says nothing": ([RuntimeError()], [], ["RuntimeError: check"]),
     "breaks off": ([*ROWS, OSError("gone")], [], ["row 6 of me/set: gone", "no shard", "--rows 5"]),
     "no field": ([{"id": 1, "body": "b"}], [], ["me/set, row 1", "'text' of id, body", "--field"]),
@@ -461,13 +586,18 @@ BAD_HUB = {             # name: (rows, more arguments, words of the answer)
 
 @pytest.mark.parametrize("name", BAD_HUB)
 def test_a_bad_dataset_is_refused_and_leaves_nothing(name, library, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "BATCH", 1)                   # so shards are being written when it breaks off
+    # so shards are being written when it breaks off
+    monkeypatch.setattr(tool, "BATCH", 1)
     library.rows, more, words = BAD_HUB[name]
     out = tmp_path / "s"
     for last in (["--out", str(out), "--val_tokens", "0", "--shard_tokens", "3"], ["--estimate"]):
         with pytest.raises(SystemExit) as stop:
             tool.main(["--hub", "me/set", *more, *last])
-        answer = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err.rstrip("\n")
+        answer = (
+            stop.value.code
+            if isinstance(stop.value.code, str)
+            else capsys.readouterr().err.rstrip("\n")
+        )
         assert answer.startswith("text.py: ") and "\n" not in answer
         assert all(word in answer for word in words), answer
     # a dataset that fails at once does so before there is a folder
@@ -482,16 +612,25 @@ def test_without_the_library_its_installation_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("more", [[], ["--val_tokens", "0"], ["--val", "held.jsonl"],
-                                  ["--hub", "me/set", "--rows", "3"]], ids=lambda more: "_".join(more) or "as is")
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--val_tokens", "0"], ["--val", "held.jsonl"], ["--hub", "me/set", "--rows", "3"]],
+    ids=lambda more: "_".join(more) or "as is",
+)
 def test_an_estimate_counts_what_is_then_made(more, library, tmp_path, monkeypatch, capsys, gpt2):
     monkeypatch.setattr(tool, "PIECE", 97)
     monkeypatch.setattr(tool, "BATCH", 500)
     monkeypatch.chdir(tmp_path)
     long = "A long document, in pieces.\n" * 40
-    Path("a.txt").write_text(f"hello\n<|endoftext|>\n{long}<|endoftext|>\n \n<|endoftext|>\nZw\u00f6lf\n")
+    Path("a.txt").write_text(
+        f"hello\n<|endoftext|>\n{long}<|endoftext|>\n \n<|endoftext|>\nZw\u00f6lf\n"
+    )
     write_rows(tmp_path / "held.jsonl", ROWS)
-    argv = [*more, "--shard_tokens", "50"] if "--hub" in more else ["a.txt", *more, "--shard_tokens", "50"]
+    argv = (
+        [*more, "--shard_tokens", "50"]
+        if "--hub" in more
+        else ["a.txt", *more, "--shard_tokens", "50"]
+    )
     before = sorted(tmp_path.iterdir())
     tool.main([*argv, "--estimate"])
     assert sorted(tmp_path.iterdir()) == before
@@ -499,13 +638,17 @@ def test_an_estimate_counts_what_is_then_made(more, library, tmp_path, monkeypat
     shards, _ = make(*argv, "--out", tmp_path / "s")
     docs = [d for d in (DOCS if "--hub" in more else ["hello\n", long, "Zw\u00f6lf\n"])]
     docs += [row["text"] for row in ROWS if row["text"].strip()] if "--val" in more else []
-    sizes, raw = [1 + len(gpt2.encode_ordinary(d)) for d in docs], sum(len(d.encode()) for d in docs)
+    sizes, raw = (
+        [1 + len(gpt2.encode_ordinary(d)) for d in docs],
+        sum(len(d.encode()) for d in docs),
+    )
     assert sum(sizes) == sum(map(len, shards.values()))
     assert said == [
         f"{'of the first 3 rows: ' if '--hub' in more else ''}{len(docs)} documents, {sum(sizes):,} tokens, "
         f"{raw:,} bytes of UTF-8, {raw / sum(sizes):.3f} bytes a token",
         f"{sum(sizes) / len(docs):.1f} tokens a document, {max(sizes)} in the longest; shards of up to 50: "
-        f"{sum(k[0] == 't' for k in shards)} to train on, {sum(k[0] == 'v' for k in shards)} to validate on"]
+        f"{sum(k[0] == 't' for k in shards)} to train on, {sum(k[0] == 'v' for k in shards)} to validate on",
+    ]
 
 
 def test_an_estimate_needs_as_much_text_as_the_shards(tmp_path):
@@ -534,8 +677,13 @@ for more in (["j", "--split", "no"], ["j", "--hub_config", "no"], ["j", "--field
         text.main(["--out", "no", "--hub", *more])
     except SystemExit as stop:
         print(stop)"""
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(DATA), os.environ.get("PYTHONPATH")])),
-           "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    env = {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(ROOT), str(DATA), os.environ.get("PYTHONPATH")])
+        ),
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | env,
                           capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / "no").exists()
@@ -543,11 +691,13 @@ for more in (["j", "--split", "no"], ["j", "--hub_config", "no"], ["j", "--field
         x, y = ({p.name: p.read_bytes() for p in (tmp_path / d).iterdir()} for d in (ours, theirs))
         assert x == y and len(x) == 2
     answers = done.stdout.splitlines()[-4:]
-    for answer, words in zip(answers, ("['train']", "['default']", "of id, text, body", "HTTPS_PROXY"), strict=True):
+    for answer, words in zip(
+        answers, ("['train']", "['default']", "of id, text, body", "HTTPS_PROXY"), strict=True
+    ):
         assert answer.startswith("text.py: ") and words in answer
 
 
-# ---------------------------------------------------------------- fineweb.py against a hub on the loopback
+# ---------------- fineweb.py against a hub on the loopback
 def shard(count, magic=20240520):
     header = np.zeros(256, "<i4")
     header[:3] = magic, 1, count
@@ -556,9 +706,11 @@ def shard(count, magic=20240520):
 
 @pytest.fixture(params=[fineweb.REPO, "me/toy"])
 def hub(request):
-    """A hub with one dataset, and Qwen's repository: `files`, `faults` of the next GETs, `busy` statuses before all.
+    """A hub with one dataset, and Qwen's repository: `files`, `faults` of the next GETs, `busy`
+    statuses before all.
 
-    The default dataset is fetched without a list of its files; another is listed, and names its files otherwise.
+    The default dataset is fetched without a list of its files; another is listed, and names its
+    files otherwise.
     """
     class Hub(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -570,9 +722,18 @@ def hub(request):
             known = self.path in [f"/{repo}/resolve/{rev}/{name}" for rev in ("main", "c" * 40)
                                   for repo in (f"datasets/{self.repo}", tool.QWEN_REPO)]
             body = self.files.get(name) if known else None
-            if self.repo != fineweb.REPO and self.path.startswith(f"/api/datasets/{self.repo}/tree/main?"):
-                known, body = True, json.dumps([{"type": "file", "path": name, "size": len(data), "oid": "0"}
-                                                for name, data in reversed(self.files.items())]).encode()
+            if self.repo != fineweb.REPO and self.path.startswith(
+                f"/api/datasets/{self.repo}/tree/main?"
+            ):
+                known, body = (
+                    True,
+                    json.dumps(
+                        [
+                            {"type": "file", "path": name, "size": len(data), "oid": "0"}
+                            for name, data in reversed(self.files.items())
+                        ]
+                    ).encode(),
+                )
             elif self.repo != fineweb.REPO and self.path == f"/api/datasets/{self.repo}":
                 known, body = True, json.dumps({"id": self.repo}).encode()
             status = self.busy.pop() if known and self.busy else 200 if body is not None else 404
@@ -608,12 +769,18 @@ def hub(request):
 
 
 def fetch(tmp_path, url, repo, *argv):
-    env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    env = {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
     return run("fineweb.py", *argv, "--out", tmp_path / "out", "--repo", repo, env=env)
 
 
 def test_download_survives_and_continues(hub, tmp_path, capsys):
-    """A busy hub, a body cut off, a flipped byte: retried. A damaged file is replaced, an intact one kept."""
+    """A busy hub, a body cut off, a flipped byte: retried. A damaged file is replaced, an intact
+    one kept."""
     out, (val, one, two) = tmp_path / "out", hub.files
     out.mkdir()
     (out / one).write_bytes(hub.files[one][:-2])
@@ -621,7 +788,10 @@ def test_download_survives_and_continues(hub, tmp_path, capsys):
     hub.busy, hub.faults = [503], ["cut off", "", "flipped"] if hub.repo == fineweb.REPO else []
     done = fetch(tmp_path, hub.url, hub.repo, 2)
     assert done.returncode == 0 and not hub.faults and not hub.busy, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [[val, "1/2"], [one, "2/2"]]
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [
+        [val, "1/2"],
+        [one, "2/2"],
+    ]
     assert {p.name: p.read_bytes() for p in out.iterdir()} == hub.files
     assert not any(two in line for line in hub.log)
     assert any("/tree/" in line for line in hub.log) == (hub.repo != fineweb.REPO)
@@ -631,7 +801,13 @@ def test_download_survives_and_continues(hub, tmp_path, capsys):
 
 
 def test_another_dataset_has_its_own_folder_and_names(tmp_path, monkeypatch, capsys):
-    listing = ["README.md", "x/my_train_000002.bin", "x/my_train_000001.bin", "x/my_val_000000.bin", "my_train_3.npy"]
+    listing = [
+        "README.md",
+        "x/my_train_000002.bin",
+        "x/my_train_000001.bin",
+        "x/my_val_000000.bin",
+        "my_train_3.npy",
+    ]
     monkeypatch.setattr(fineweb, "ROOT", tmp_path)
     monkeypatch.setattr(fineweb, "retry", lambda action, name, *_, **__: (
         listing if "list" in name else argparse.Namespace(size=10**15)))
@@ -642,7 +818,9 @@ def test_another_dataset_has_its_own_folder_and_names(tmp_path, monkeypatch, cap
     (tmp_path / "data/toy/my_val_000000.bin").write_bytes(shard(9))
     fineweb.main(["1", "--repo", "me/toy"])
     assert "2 of 2" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="me/toy offers 1 files .*_val_.* and 2 .*_train_.*check --repo and N"):
+    with pytest.raises(
+        SystemExit, match="me/toy offers 1 files .*_val_.* and 2 .*_train_.*check --repo and N"
+    ):
         fineweb.main(["3", "--repo", "me/toy"])
 
 
@@ -663,7 +841,9 @@ def test_a_file_that_is_no_shard_is_refused(hub, tmp_path):
 def test_a_file_that_is_not_offered(hub, tmp_path):
     val, *_ = hub.files
     del hub.files[val]
-    words = [val, "404", "--repo"] if hub.repo == fineweb.REPO else ["0 files *_val_*.bin", "--repo"]
+    words = (
+        [val, "404", "--repo"] if hub.repo == fineweb.REPO else ["0 files *_val_*.bin", "--repo"]
+    )
     refused(fetch(tmp_path, hub.url, hub.repo, 1), *words)
     if hub.repo != fineweb.REPO:
         refused(fetch(tmp_path, hub.url, "me/typo", 1), "me/typo", "404", "--repo")
@@ -678,7 +858,8 @@ def test_no_hub_at_all(repo, tmp_path):
     refused(done, "127.0.0.1:9", "HTTPS_PROXY", "HF_ENDPOINT", "by hand", "data/text.py")
     assert not (tmp_path / "out").exists()
     refused(run("fineweb.py", "104"), "N must be 1 to 103")
-    if repo != fineweb.REPO:                                # shards that were copied there by hand need no hub
+    # shards that were copied there by hand need no hub
+    if repo != fineweb.REPO:
         (tmp_path / "a.txt").write_text("Some words. " * 50)
         make(tmp_path / "a.txt", "--out", tmp_path / "out")
         assert fetch(tmp_path, "http://127.0.0.1:9", repo, 1).returncode == 0

@@ -1,6 +1,8 @@
-"""Gated DeltaNet: the chunkwise rule against its recurrence, and against fla's and transformers' independent code.
+"""Gated DeltaNet: the chunkwise rule against its recurrence, and against fla's and transformers'
+independent code.
 
-The oracles are optional: pip install transformers; pip install --no-deps fla-core einops. They compute in fp32.
+The oracles are optional: pip install transformers; pip install --no-deps fla-core einops. They
+compute in fp32.
 """
 import importlib.util
 import inspect
@@ -16,14 +18,18 @@ import torch.nn.functional as F
 from deltanet import GatedDeltaNet, best_rule, gated_delta_rule, gated_delta_rule_naive, with_kernel
 from tests.checks import apart, awake
 
-MILD, STRONG = 0.5, 20.0                                    # -g: a token forgets 40%, or all but 2e-9
+# -g: a token forgets 40%, or all but 2e-9
+MILD, STRONG = 0.5, 20.0
 
 
 def inputs(T, decay=MILD, dtype=torch.float64, B=2, H=3, dk=8, dv=12):
     """q, k, v, g, beta and a state that need gradients; g in [-1.5, -0.5] * decay."""
     torch.manual_seed(T)
     q, k = (F.normalize(torch.randn(B, T, H, dk, dtype=torch.float64), dim=-1) for _ in range(2))
-    v, S = torch.randn(B, T, H, dv, dtype=torch.float64), torch.randn(B, H, dk, dv, dtype=torch.float64)
+    v, S = (
+        torch.randn(B, T, H, dv, dtype=torch.float64),
+        torch.randn(B, H, dk, dv, dtype=torch.float64),
+    )
     g, beta = -decay * (0.5 + torch.rand(B, T, H).double()), torch.rand(B, T, H).double()
     return [x.to(dtype).requires_grad_() for x in (q, k, v, g, beta, S)]
 
@@ -33,7 +39,10 @@ def with_gradients(rule, x, **knobs):
     *x, S = x
     o, last = rule(*x, **knobs, state=S)
     weights = torch.Generator().manual_seed(0)
-    loss = sum((y * torch.randn(y.shape, generator=weights, dtype=torch.float64).to(y.dtype)).sum() for y in (o, last))
+    loss = sum(
+        (y * torch.randn(y.shape, generator=weights, dtype=torch.float64).to(y.dtype)).sum()
+        for y in (o, last)
+    )
     return dict(zip(("o", "last", "q", "k", "v", "g", "beta", "state"),
                     (o, last, *torch.autograd.grad(loss, [*x, S]))))
 
@@ -56,7 +65,11 @@ def test_chunks_equal_the_recurrence_in_values_and_gradients(T, decay):
 @pytest.mark.parametrize("chunk", [1, 3, 16, 100, 1000])
 def test_any_chunk_gives_the_same(chunk):
     x = inputs(70)
-    same(with_gradients(gated_delta_rule, x, chunk=chunk), with_gradients(gated_delta_rule_naive, x), 1e-12)
+    same(
+        with_gradients(gated_delta_rule, x, chunk=chunk),
+        with_gradients(gated_delta_rule_naive, x),
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("rule", [gated_delta_rule, gated_delta_rule_naive])
@@ -88,13 +101,16 @@ def test_the_rule_overwrites():
     """beta = 1 and no decay: what is read at a stored key is the last value written there."""
     keys, v = torch.eye(4).double(), torch.randn(1, 8, 1, 5).double()
     k = keys[[0, 1, 2, 0, 3, 1, 0, 2]][None, :, None]
-    o, _ = gated_delta_rule(2 * k, k, v, torch.zeros(1, 8, 1).double(), torch.ones(1, 8, 1).double(), chunk=3)
+    o, _ = gated_delta_rule(
+        2 * k, k, v, torch.zeros(1, 8, 1).double(), torch.ones(1, 8, 1).double(), chunk=3
+    )
     assert torch.allclose(o, v, atol=1e-14)                 # 2 = sqrt(dk)
 
 
 @pytest.mark.parametrize("top", [1.0, 2.0])
 def test_repeated_keys_in_single_precision(top):
-    """The hard case of the triangular system: a run of one token. A product of powers of A is off by 1e10 here."""
+    """The hard case of the triangular system: a run of one token. A product of powers of A is off
+    by 1e10 here."""
     q, k, v, g, beta, S = (x.detach() for x in inputs(130, decay=1e-3))
     x = [q, k[:, :1].expand_as(k), v, g, beta * 0 + top, S]
     same(with_gradients(gated_delta_rule, [u.float().requires_grad_() for u in x]),
@@ -115,7 +131,11 @@ def test_precision_island():
     with torch.autocast("cpu", torch.bfloat16):
         o, last = gated_delta_rule(*x, state=S)
     exact, _ = gated_delta_rule_naive(*(u.double() for u in x), state=S.double())
-    assert o.dtype == torch.bfloat16 and last.dtype == torch.float32 and apart(o.double(), exact) < 1e-2
+    assert (
+        o.dtype == torch.bfloat16
+        and last.dtype == torch.float32
+        and apart(o.double(), exact) < 1e-2
+    )
 
 
 @pytest.mark.parametrize("T", [1, 20, 32, 70])
@@ -127,7 +147,8 @@ def test_compiles_without_a_graph_break(T):
 
 
 def test_stretches_of_time_give_the_same():
-    """Wide enough for the CPU to take the time in several stretches, the last one shorter and padded."""
+    """Wide enough for the CPU to take the time in several stretches, the last one shorter and
+    padded."""
     x = inputs(150, B=4, H=8, dk=64, dv=3)                  # 2^17 numbers are 64 tokens
     same(with_gradients(gated_delta_rule, x), with_gradients(gated_delta_rule_naive, x), 1e-11)
 
@@ -147,12 +168,19 @@ def test_a_second_derivative_is_refused(loss):
 
 
 def test_inputs_and_an_expanded_gradient_stay_as_they_are():
-    x = inputs(32, B=1, H=1)                                # one chunk of one head: its layout is the input's own
+    # one chunk of one head: its layout is the input's own
+    x = inputs(32, B=1, H=1)
     before = [u.detach().clone() for u in x]
     o, last = gated_delta_rule(*x[:5], state=x[5])
-    kept, grads = (o.detach().clone(), last.detach().clone()), (torch.ones_like(o), torch.ones_like(last))
+    kept, grads = (
+        (o.detach().clone(), last.detach().clone()),
+        (torch.ones_like(o), torch.ones_like(last)),
+    )
     torch.autograd.grad((o, last), x, grads)
-    assert all(torch.equal(a, b) for a, b in zip((*x, o, last, *grads), (*before, *kept, *map(torch.ones_like, kept))))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip((*x, o, last, *grads), (*before, *kept, *map(torch.ones_like, kept)))
+    )
 
 
 def kernel(scale=1.0):                                      # fla's signature
@@ -163,7 +191,8 @@ def kernel(scale=1.0):                                      # fla's signature
 
 
 @pytest.fixture
-def fake_fla(monkeypatch):                                  # -> puts a kernel where best_rule looks for fla's
+# -> puts a kernel where best_rule looks for fla's
+def fake_fla(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     best_rule.cache_clear()
     def put(module):
@@ -176,12 +205,18 @@ def fake_fla(monkeypatch):                                  # -> puts a kernel w
 
 def test_a_kernel_that_agrees_is_used(fake_fla, capsys):
     calls, right = [], kernel()
-    fake_fla(SimpleNamespace(chunk_gated_delta_rule=lambda *x, **knobs: calls.append(1) or right(*x, **knobs)))
+    fake_fla(
+        SimpleNamespace(
+            chunk_gated_delta_rule=lambda *x, **knobs: calls.append(1) or right(*x, **knobs)
+        )
+    )
     rule = best_rule("cpu")
-    assert rule.func is with_kernel and best_rule("cpu") is rule and len(calls) == 1         # compared once a process
+    # compared once a process
+    assert rule.func is with_kernel and best_rule("cpu") is rule and len(calls) == 1
     assert capsys.readouterr().err == ""
     x = [u.detach() for u in inputs(9)[:5]]
-    assert torch.equal(rule(*x)[0], gated_delta_rule(*x)[0]) and len(calls) == 1             # on the CPU, ours
+    # on the CPU, ours
+    assert torch.equal(rule(*x)[0], gated_delta_rule(*x)[0]) and len(calls) == 1
 
 
 def wrong_in_the_gradient(q, k, v, g, beta, **knobs):
@@ -216,7 +251,11 @@ def test_a_package_that_does_not_import_is_left_aside(fake_fla, capsys):
 
 # ---------------------------------------------------------------- the layer
 
-CASES = [dict(), dict(k_heads=2, head_dim=6, expand_v=2.0, neg_eigval=True), dict(k_heads=1, expand_v=0.5, chunk=7)]
+CASES = [
+    dict(),
+    dict(k_heads=2, head_dim=6, expand_v=2.0, neg_eigval=True),
+    dict(k_heads=1, expand_v=0.5, chunk=7),
+]
 
 
 def layer(dim=16, seq_len=150, n_head=4, **knobs):
@@ -228,7 +267,9 @@ def layer(dim=16, seq_len=150, n_head=4, **knobs):
 def test_prefixes(knobs):
     m, x = layer(**knobs), torch.randn(2, 150, 16, dtype=torch.float64)
     y = m(x)
-    assert y.shape == x.shape and all(apart(m(x[:, :t]), y[:, :t]) < 1e-11 for t in (1, 2, 63, 64, 65, 101, 129, 149))
+    assert y.shape == x.shape and all(
+        apart(m(x[:, :t]), y[:, :t]) < 1e-11 for t in (1, 2, 63, 64, 65, 101, 129, 149)
+    )
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -244,7 +285,11 @@ def test_step_equals_forward(knobs, residual):
 
 
 def test_a_value_residual_is_added_to_the_projected_values():
-    m, x, v1 = layer(), torch.randn(2, 9, 16, dtype=torch.float64), torch.randn(2, 9, 16, dtype=torch.float64)
+    m, x, v1 = (
+        layer(),
+        torch.randn(2, 9, 16, dtype=torch.float64),
+        torch.randn(2, 9, 16, dtype=torch.float64),
+    )
     y = m(x, v1)
     assert not torch.allclose(m(x), y)
     m.v.register_forward_hook(lambda module, inputs, v: v + v1)
@@ -255,12 +300,16 @@ def test_parameters_by_hand():
     def count(m):
         return sum(p.numel() for p in m.parameters())
     dim = 512
-    plain = GatedDeltaNet(dim, 64, n_head=8)                # 5 d^2, b and a, convolution, A_log and dt_bias, gain
+    # 5 d^2, b and a, convolution, A_log and dt_bias, gain
+    plain = GatedDeltaNet(dim, 64, n_head=8)
     assert count(plain) == 5 * dim * dim + 2 * 8 * dim + 4 * 3 * dim + 2 * 8 + 64
-    paper = GatedDeltaNet(dim, 64, n_head=4, head_dim=96, expand_v=2.0)                  # 6 d^2: H dk = 0.75 d
+    # 6 d^2: H dk = 0.75 d
+    paper = GatedDeltaNet(dim, 64, n_head=4, head_dim=96, expand_v=2.0)
     assert count(paper) == 6 * dim * dim + 2 * 4 * dim + 4 * 3 * dim + 2 * 4 + 192
     shared = GatedDeltaNet(dim, 64, n_head=8, k_heads=2)
-    assert count(shared) == 3 * dim * dim + 2 * dim * 128 + 2 * 8 * dim + 4 * (dim + 256) + 2 * 8 + 64
+    assert (
+        count(shared) == 3 * dim * dim + 2 * dim * 128 + 2 * 8 * dim + 4 * (dim + 256) + 2 * 8 + 64
+    )
     assert all(p.ndim == 1 for p in (plain.A_log, plain.dt_bias, plain.gain))
     assert plain.gate.weight.shape == plain.proj.weight.shape == (dim, dim)
 
@@ -270,7 +319,9 @@ def test_initial_gates():
     m = GatedDeltaNet(512, 1, n_head=512)
     dt, A = F.softplus(m.dt_bias), m.A_log.exp()
     assert 0.001 <= dt.min() and dt.max() <= 0.1001 and 0.01 <= A.min() and A.max() <= 16
-    assert A.mean().item() == pytest.approx(8, rel=0.1) and dt.log().mean().item() == pytest.approx(-4.6, rel=0.05)
+    assert A.mean().item() == pytest.approx(8, rel=0.1) and dt.log().mean().item() == pytest.approx(
+        -4.6, rel=0.05
+    )
 
 
 def test_the_factory_makes_the_large_projections_only():
@@ -281,11 +332,23 @@ def test_the_factory_makes_the_large_projections_only():
             made.append((d_in, d_out, bias))
     m = GatedDeltaNet(8, 16, n_head=2, expand_v=2.0, linear=Counted)
     assert made == [(8, 8, False), (8, 8, False), (8, 16, False), (8, 16, False), (16, 8, False)]
-    assert not isinstance(m.a, Counted) and m.a.bias is None and m(torch.randn(1, 3, 8)).shape == (1, 3, 8)
+    assert (
+        not isinstance(m.a, Counted)
+        and m.a.bias is None
+        and m(torch.randn(1, 3, 8)).shape == (1, 3, 8)
+    )
 
 
-@pytest.mark.parametrize("knobs", [dict(n_head=3), dict(n_head=4, k_heads=3), dict(n_head=4, expand_v=0.1),
-                                   dict(n_head=4, chunk=-1)], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(n_head=3),
+        dict(n_head=4, k_heads=3),
+        dict(n_head=4, expand_v=0.1),
+        dict(n_head=4, chunk=-1),
+    ],
+    ids=str,
+)
 def test_sizes_that_do_not_fit(knobs):
     with pytest.raises(ValueError, match="gdn: .*--gdn_chunk"):
         GatedDeltaNet(16, 8, **knobs)
@@ -294,18 +357,23 @@ def test_sizes_that_do_not_fit(knobs):
 def test_flops_count_the_matrix_products():
     from torch.utils.flop_counter import FlopCounterMode
     m, T = GatedDeltaNet(64, 128, n_head=2, expand_v=2.0), 128
-    in_place = {torch.ops.aten.baddbmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}     # not in the counter
+    # not in the counter
+    in_place = {torch.ops.aten.baddbmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         m(torch.randn(1, T, 64))
-    weights = 2 * sum(p.numel() for name, p in m.named_parameters() if p.ndim == 2 and "conv" not in name)
-    inverse = m.n_head * m.chunk ** 2                       # the triangular solve is no matrix product to the counter
+    weights = 2 * sum(
+        p.numel() for name, p in m.named_parameters() if p.ndim == 2 and "conv" not in name
+    )
+    # the triangular solve is no matrix product to the counter
+    inverse = m.n_head * m.chunk ** 2
     assert counter.get_total_flops() / T == weights + m.flops(T) - inverse
 
 
 # ---------------------------------------------------------------- oracles
 
 def fla_naive():
-    """fla's plain PyTorch file on its own: importing fla.ops would ask for Triton, which a CPU does not need."""
+    """fla's plain PyTorch file on its own: importing fla.ops would ask for Triton, which a CPU does
+    not need."""
     pytest.importorskip("einops")
     if (package := importlib.util.find_spec("fla")) is None:
         pytest.skip("fla is not installed")
@@ -317,7 +385,8 @@ def fla_naive():
 
 
 def olmo():
-    """transformers' module with its own PyTorch code inside, also where fla is there: it would call Triton."""
+    """transformers' module with its own PyTorch code inside, also where fla is there: it would call
+    Triton."""
     module = pytest.importorskip("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
     names = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn")
     return module, {name: inspect.unwrap(getattr(module, name)) for name in names}
@@ -329,11 +398,15 @@ def oracle(name):                                           # -> a rule with our
         theirs = getattr(fla_naive(), f"naive_{kind}_gated_delta_rule")
     else:
         theirs = olmo()[1][f"torch_{kind}_gated_delta_rule"]
-    return lambda q, k, v, g, beta, state: theirs(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True)
+    return lambda q, k, v, g, beta, state: theirs(
+        q, k, v, g=g, beta=beta, initial_state=state, output_final_state=True
+    )
 
 
 @pytest.mark.parametrize("decay", [MILD, STRONG])
-@pytest.mark.parametrize("name", ["transformers/chunk", "transformers/recurrent", "fla/chunk", "fla/recurrent"])
+@pytest.mark.parametrize(
+    "name", ["transformers/chunk", "transformers/recurrent", "fla/chunk", "fla/recurrent"]
+)
 def test_oracles_agree_in_values_and_gradients(name, decay):
     rule = oracle(name)
     for T in (1, 65, 130):
@@ -345,28 +418,51 @@ def test_oracles_agree_in_values_and_gradients(name, decay):
 
 @pytest.mark.parametrize("knobs", CASES, ids=str)
 def test_the_layer_agrees_with_olmo_hybrid(knobs, monkeypatch):
-    """Every weight of theirs is mapped to one of ours: outputs, and gradients of the input and of every parameter."""
+    """Every weight of theirs is mapped to one of ours: outputs, and gradients of the input and of
+    every parameter."""
     module, functions = olmo()
     for name, function in functions.items():
         monkeypatch.setattr(module, name, function)
     ours = layer(seq_len=70, **knobs).float()
     dk, dv, heads = ours.dk, ours.dv, ours.n_head
     config = module.OlmoHybridConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, linear_num_key_heads=heads // ours.share,
-        linear_num_value_heads=heads, linear_key_head_dim=dk, linear_value_head_dim=dv,
-        linear_allow_neg_eigval=ours.beta_max == 2)
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        linear_num_key_heads=heads // ours.share,
+        linear_num_value_heads=heads,
+        linear_key_head_dim=dk,
+        linear_value_head_dim=dv,
+        linear_allow_neg_eigval=ours.beta_max == 2,
+    )
     theirs = module.OlmoHybridGatedDeltaNet(config, layer_idx=0)
-    names = {"q.weight": "q_proj.weight", "k.weight": "k_proj.weight", "v.weight": "v_proj.weight",
-             "gate.weight": "g_proj.weight", "a.weight": "a_proj.weight", "b.weight": "b_proj.weight",
-             "proj.weight": "o_proj.weight", "gain": "o_norm.weight", "A_log": "A_log", "dt_bias": "dt_bias",
-             "short_conv.weight": "conv1d.weight"}
-    reshape = {"short_conv.weight": lambda w: w.T[:, None]}                              # (4, C) -> (C, 1, 4)
+    names = {
+        "q.weight": "q_proj.weight",
+        "k.weight": "k_proj.weight",
+        "v.weight": "v_proj.weight",
+        "gate.weight": "g_proj.weight",
+        "a.weight": "a_proj.weight",
+        "b.weight": "b_proj.weight",
+        "proj.weight": "o_proj.weight",
+        "gain": "o_norm.weight",
+        "A_log": "A_log",
+        "dt_bias": "dt_bias",
+        "short_conv.weight": "conv1d.weight",
+    }
+    # (4, C) -> (C, 1, 4)
+    reshape = {"short_conv.weight": lambda w: w.T[:, None]}
     same_shape = lambda w: w                                # noqa: E731
     mine = dict(ours.named_parameters())
-    theirs.load_state_dict({names[n]: reshape.get(n, same_shape)(p.detach()) for n, p in mine.items()})   # strict
+    # strict
+    theirs.load_state_dict(
+        {names[n]: reshape.get(n, same_shape)(p.detach()) for n, p in mine.items()}
+    )
     x = torch.randn(2, 70, 16, requires_grad=True)
     weights, results = torch.randn(2, 70, 16), []
-    for m, parameters in ((ours, mine), (theirs, {n: theirs.get_parameter(names[n]) for n in mine})):
+    for m, parameters in (
+        (ours, mine),
+        (theirs, {n: theirs.get_parameter(names[n]) for n in mine}),
+    ):
         y = m(x)
         grads = torch.autograd.grad((y * weights).sum(), [x, *parameters.values()])
         results.append(dict(zip(("y", "x", *mine), (y, *grads))))
@@ -386,6 +482,8 @@ def test_the_kernel_agrees_with_ours():
     weights, results = torch.randn(2, 777, 4, 64, device="cuda"), []
     for f in (rule, gated_delta_rule):
         o, last = f(q, k, v, g, beta, state=S)
-        results.append((o, last, *torch.autograd.grad((o.float() * weights).sum(), (q, k, v, g, beta, S))))
+        results.append(
+            (o, last, *torch.autograd.grad((o.float() * weights).sum(), (q, k, v, g, beta, S)))
+        )
     for name, kernel, plain in zip(("o", "last", "q", "k", "v", "g", "beta", "state"), *results):
         assert apart(kernel.double(), plain.double()) < 3e-2, name

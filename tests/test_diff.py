@@ -1,6 +1,8 @@
-"""Differential attention: against transformers' V1, explicit softmaxes and what it is without its second map.
+"""Differential attention: against transformers' V1, explicit softmaxes and what it is without its
+second map.
 
-transformers is optional (tests/requirements.txt). Sizes are tiny; a tolerance of 1e-6 is rotary positions' fp32 table.
+transformers is optional (tests/requirements.txt). Sizes are tiny; a tolerance of 1e-6 is rotary
+positions' fp32 table.
 """
 import math
 
@@ -27,25 +29,39 @@ def same(ours, theirs, inputs, tolerance):
     """Equal values, and equal gradients of a random projection in which every input takes part."""
     assert ours.shape == theirs.shape and apart(ours, theirs) < tolerance
     dy = torch.randn_like(ours)
-    for a, b in zip(*(torch.autograd.grad(y, inputs, dy, retain_graph=True) for y in (ours, theirs))):
+    for a, b in zip(
+        *(torch.autograd.grad(y, inputs, dy, retain_graph=True) for y in (ours, theirs))
+    ):
         assert b.any() and apart(a, b) < 10 * tolerance
 
 
-# ---------------------------------------------------------------- against others, and against plain forms
+# ---------------- against others, and against plain forms
 
 @pytest.mark.parametrize("n_head, n_kv_head, layer", [(4, 4, 0), (8, 4, 3), (8, 2, 1)])
 def test_v1_equals_transformers(n_head, n_kv_head, layer):
     """Theirs pairs half-heads h and h + H / 2 where ours are neighbours, and has no gain."""
     theirs = pytest.importorskip("transformers.models.diffllama.modeling_diffllama")
-    m, T, D = mixer(DiffAttention, n_head, n_kv_head=n_kv_head, layer=layer, head_norm=NoHeadNorm), 21, C // n_head
+    m, T, D = (
+        mixer(DiffAttention, n_head, n_kv_head=n_kv_head, layer=layer, head_norm=NoHeadNorm),
+        21,
+        C // n_head,
+    )
     with torch.no_grad():
         m.gain.fill_(1.0)
-    cfg = theirs.DiffLlamaConfig(hidden_size=C, num_attention_heads=n_head, num_key_value_heads=n_kv_head,
-                                 attention_dropout=0.0, attention_bias=False, rms_norm_eps=1e-5, use_cache=False)
+    cfg = theirs.DiffLlamaConfig(
+        hidden_size=C,
+        num_attention_heads=n_head,
+        num_key_value_heads=n_kv_head,
+        attention_dropout=0.0,
+        attention_bias=False,
+        rms_norm_eps=1e-5,
+        use_cache=False,
+    )
     cfg._attn_implementation = "eager"
     reference = theirs.DiffLlamaAttention(cfg, layer_idx=layer).double()
 
-    def regroup(weight):                                    # neighbours (h, side) -> all first sides, all second
+    # neighbours (h, side) -> all first sides, all second
+    def regroup(weight):
         return weight.view(-1, 2, D, C).transpose(0, 1).reshape(-1, C)
     with torch.no_grad():
         for ours, name in ((m.q, "q_proj"), (m.k, "k_proj"), (m.v, "v_proj")):
@@ -53,7 +69,9 @@ def test_v1_equals_transformers(n_head, n_kv_head, layer):
         reference.o_proj.weight.copy_(m.proj.weight)
         for ours, name in ((m.lq1, "q1"), (m.lk1, "k1"), (m.lq2, "q2"), (m.lk2, "k2")):
             getattr(reference, f"lambda_{name}").copy_(ours)
-    angle = torch.cat((torch.arange(T)[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D),) * 2, -1)[None]
+    angle = torch.cat((torch.arange(T)[:, None] * 1e4 ** (-torch.arange(0, D, 2) / D),) * 2, -1)[
+        None
+    ]
     mask = torch.full((T, T), -math.inf, dtype=torch.float64).triu(1)
     x = noise(2, T).requires_grad_()
     y = reference(x, (angle.cos().double(), angle.sin().double()), mask[None, None])[0]
@@ -62,23 +80,36 @@ def test_v1_equals_transformers(n_head, n_kv_head, layer):
 
 @pytest.mark.parametrize("n_head, n_kv_head, layer", [(2, 2, 0), (4, 4, 5), (8, 4, 2), (8, 2, 1)])
 def test_v1_equals_naive(n_head, n_kv_head, layer):
-    m, x = mixer(DiffAttention, n_head, n_kv_head=n_kv_head, layer=layer, **PLAIN), noise(2, 13).requires_grad_()
+    m, x = (
+        mixer(DiffAttention, n_head, n_kv_head=n_kv_head, layer=layer, **PLAIN),
+        noise(2, 13).requires_grad_(),
+    )
     same(m(x), diff_naive(m, x), [x, *m.parameters()], 1e-12)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_v2_equals_two_explicit_attentions(n_kv_head):
-    m, x, T, D = mixer(DiffAttentionV2, n_kv_head=n_kv_head, **PLAIN), noise(2, 13).requires_grad_(), 13, C // 4
+    m, x, T, D = (
+        mixer(DiffAttentionV2, n_kv_head=n_kv_head, **PLAIN),
+        noise(2, 13).requires_grad_(),
+        13,
+        C // 4,
+    )
     q, k, v = (F.linear(x, w.weight).unflatten(-1, (-1, D)) for w in (m.q, m.k, m.v))
     mask, out = torch.full((T, T), -math.inf, dtype=x.dtype).triu(1), []
-    for h in range(4):                                      # both maps of head h read the same keys and values
+    # both maps of head h read the same keys and values
+    for h in range(4):
         g = h * n_kv_head // 4
-        a1, a2 = ((q[:, :, 2 * h + i] @ k[:, :, g].mT / math.sqrt(D) + mask).softmax(-1) @ v[:, :, g] for i in (0, 1))
+        a1, a2 = (
+            (q[:, :, 2 * h + i] @ k[:, :, g].mT / math.sqrt(D) + mask).softmax(-1) @ v[:, :, g]
+            for i in (0, 1)
+        )
         out.append(a1 - a2 / (1 + torch.exp(-x @ m.lambda_proj.weight[h]))[..., None])
     same(m(x), F.linear(torch.cat(out, -1), m.proj.weight), [x, *m.parameters()], 1e-12)
 
 
-def inner_attention(q, k, v, **knobs):                      # ordinary attention with these rows as its weights
+# ordinary attention with these rows as its weights
+def inner_attention(q, k, v, **knobs):
     m = CausalSelfAttention(C, 160, n_head=4, **knobs).double()
     with torch.no_grad():
         for ours, weight in ((m.q, q), (m.k, k), (m.v, v)):
@@ -100,7 +131,9 @@ def test_v1_without_lambda_and_norm_is_attention(n_kv_head, monkeypatch):
     def side(weight, i):
         return weight.view(-1, 2, D, C)[:, i].repeat_interleave(2, 0).flatten(0, 1)
     for j in (0, 1):
-        plain = inner_attention(side(m.q.weight, 0), side(m.k.weight, 0), side(m.v.weight, j), n_kv_head=n_kv_head)
+        plain = inner_attention(
+            side(m.q.weight, 0), side(m.k.weight, 0), side(m.v.weight, j), n_kv_head=n_kv_head
+        )
         assert apart(y[..., j, :], plain(x).unflatten(-1, (2, 2, -1))[..., 0, :]) < 1e-12
 
 
@@ -125,16 +158,28 @@ def test_lambda():
             for p in (m.lq1, m.lk1, m.lq2):
                 p.fill_(0.5)
             m.lk2.zero_()
-        assert m.lam().item() == pytest.approx(math.exp(2.0) - 1 + init) and m.lam().dtype == torch.float32
-    draws = torch.cat([p for _ in range(50) for p in DiffAttention(256, 8, n_head=4).parameters() if p.ndim == 1
-                       and len(p) == 64])
+        assert (
+            m.lam().item() == pytest.approx(math.exp(2.0) - 1 + init)
+            and m.lam().dtype == torch.float32
+        )
+    draws = torch.cat(
+        [
+            p
+            for _ in range(50)
+            for p in DiffAttention(256, 8, n_head=4).parameters()
+            if p.ndim == 1 and len(p) == 64
+        ]
+    )
     assert abs(draws.std() - 0.1) < 0.01
     with torch.autocast("cpu", torch.bfloat16):
         assert m.lam().dtype == torch.float32
 
 
 def config(mixer, **knobs):
-    return Config(**dict(mixer=mixer, n_layer=4, n_head=4, n_embd=C, vocab_size=20, sequence_length=16) | knobs)
+    return Config(
+        **dict(mixer=mixer, n_layer=4, n_head=4, n_embd=C, vocab_size=20, sequence_length=16)
+        | knobs
+    )
 
 
 def test_a_block_tells_its_mixer_the_layer():
@@ -157,9 +202,15 @@ def test_sizes_and_flops():
     def count(cls, **knobs):
         return sum(p.numel() for p in cls(64, 9, n_head=4, **knobs).parameters())
     plain = CausalSelfAttention(64, 9, n_head=4)
-    assert count(DiffAttention) == 4 * 64**2 + 6 * 16 and count(DiffAttentionV2) == 5 * 64**2 + 4 * 64
+    assert (
+        count(DiffAttention) == 4 * 64**2 + 6 * 16 and count(DiffAttentionV2) == 5 * 64**2 + 4 * 64
+    )
     assert count(DiffAttention, n_kv_head=2) == 3 * 64**2 + 6 * 16
-    assert DiffAttention(64, 9, n_head=4).flops(9) == DiffAttentionV2(64, 9, n_head=4).flops(9) == 2 * plain.flops(9)
+    assert (
+        DiffAttention(64, 9, n_head=4).flops(9)
+        == DiffAttentionV2(64, 9, n_head=4).flops(9)
+        == 2 * plain.flops(9)
+    )
 
 
 @pytest.mark.parametrize("sizes", [dict(n_head=5, n_embd=40), dict(n_head=4, n_kv_head=1)])
@@ -169,7 +220,13 @@ def test_odd_heads_are_refused(sizes):
     GPT(config("diff_v2", **sizes))
 
 
-KNOBS = [dict(short_conv=True), dict(rope=False), dict(head_norm=NoHeadNorm), dict(n_kv_head=2), dict(linear=CoLA)]
+KNOBS = [
+    dict(short_conv=True),
+    dict(rope=False),
+    dict(head_norm=NoHeadNorm),
+    dict(n_kv_head=2),
+    dict(linear=CoLA),
+]
 
 
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
@@ -181,7 +238,8 @@ def test_knobs_and_decoding(cls, knobs):
         y, state = m.step(x[:, t], state, v1[:, t])
         columns.append(y)
     assert apart(torch.stack(columns, 1), m(x, v1)) < 1e-10 and apart(m(x, v1), m(x)) > 1e-2
-    if knobs in KNOBS[:3]:                                  # those that keep the matrices: they matter
+    # those that keep the matrices: they matter
+    if knobs in KNOBS[:3]:
         plain = mixer(cls)
         plain.load_state_dict(m.state_dict(), strict=False)
         assert apart(m(x), plain(x)) > 1e-3
@@ -202,7 +260,7 @@ def test_no_kernel_stores_the_scores():
         assert shapes and not any(shape[-2:] == (160, 160) for shape in shapes)
 
 
-# ---------------------------------------------------------------- positive controls: the checks see what leaks
+# ---------------- positive controls: the checks see what leaks
 
 def leaky(cls, mask):
     """cls with another mask."""
@@ -212,8 +270,10 @@ def leaky(cls, mask):
     return Leaky
 
 
-MASKS = {"none": lambda T: torch.zeros(T, T).bool(),                     # a public differential attention: no mask
-         "inverted": lambda T: torch.ones(T, T).triu(1) == 0,            # and its neighbour, which sees the future only
+# a public differential attention: no mask
+MASKS = {"none": lambda T: torch.zeros(T, T).bool(),
+         # and its neighbour, which sees the future only
+         "inverted": lambda T: torch.ones(T, T).triu(1) == 0,
          "causal": lambda T: torch.ones(T, T).triu(1).bool()}
 
 
@@ -227,7 +287,8 @@ def test_leaks_are_caught(cls, mask):
 
 
 def test_a_norm_over_time_is_caught():
-    """GroupNorm on a view whose last dimension is time: the second leak of that public implementation."""
+    """GroupNorm on a view whose last dimension is time: the second leak of that public
+    implementation."""
     m = mixer(DiffAttention)
     m.normalised = lambda a: F.group_norm(a.transpose(2, 3), 2).transpose(2, 3)
     assert prefix(m)[0] > 1e-3

@@ -1,4 +1,6 @@
-"""Documents: padded, packed and alone they have the same losses; windows and document masks against dense masks."""
+"""Documents: padded, packed and alone they have the same losses; windows and document masks against
+dense masks."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +25,8 @@ def model(**knobs):
     return awake(GPT(Config(**SIZES | knobs))).double()
 
 
-def documents(*lengths, seed=0):                            # each starts with START, which is nowhere else
+# each starts with START, which is nowhere else
+def documents(*lengths, seed=0):
     rng = np.random.default_rng(seed)
     others = [token for token in range(V) if token != START]
     return [np.concatenate(([START], rng.choice(others, n - 1))) for n in lengths]
@@ -37,8 +40,15 @@ def losses(gpt, rows):
 
 
 def rows_of(cls, docs, batch_size=2, **sizes):
-    cfg = SimpleNamespace(sequence_length=T, batch_size=batch_size, grad_accumulation_steps=1, shuffle=True, seed=3,
-                          document_token=START, tokens_per_step=batch_size * T)
+    cfg = SimpleNamespace(
+        sequence_length=T,
+        batch_size=batch_size,
+        grad_accumulation_steps=1,
+        shuffle=True,
+        seed=3,
+        document_token=START,
+        tokens_per_step=batch_size * T,
+    )
     vars(cfg).update(sizes)
     return cls({"s": np.concatenate(docs).astype(np.uint16)}, cfg)
 
@@ -46,9 +56,12 @@ def rows_of(cls, docs, batch_size=2, **sizes):
 @pytest.mark.parametrize("case", MASKING)
 @pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal", "none"])
 def test_padded_packed_and_alone_have_the_same_losses(case, pos):
-    docs = documents(9, 30, 3, 22)                          # 64 tokens: one packed row, with the token that ends them
+    # 64 tokens: one packed row, with the token that ends them
+    docs = documents(9, 30, 3, 22)
     joined = torch.from_numpy(np.concatenate([*docs, [START]]))
-    packed = losses(model(**MASKING[case], pos=pos, batches="packed", document_token=START), joined[None])[0]
+    packed = losses(
+        model(**MASKING[case], pos=pos, batches="packed", document_token=START), joined[None]
+    )[0]
     free = model(**MASKING[case], pos=pos)                  # the same weights, no masks
     begin = 0
     padded = torch.full((4, 33), -1)
@@ -59,7 +72,8 @@ def test_padded_packed_and_alone_have_the_same_losses(case, pos):
         begin += len(doc)
     together = losses(free, padded)
     assert (together[padded[:, 1:] >= 0] - packed).abs().max() < 1e-10
-    assert (losses(free, joined[None])[0] - packed).abs().max() > 1e-3                  # the mask does matter
+    # the mask does matter
+    assert (losses(free, joined[None])[0] - packed).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("row", MIXERS)
@@ -87,7 +101,8 @@ def test_the_loss_and_its_gradients_ignore_padding(row):
 @pytest.mark.parametrize("window", [0, 1, 5, 64, 200])
 @pytest.mark.parametrize("heads", [4, 2])
 def test_masks_against_a_dense_mask(window, docs, heads):
-    """Values and gradients of the mixer against softmax(QK^T + mask) V, the mask written out pair by pair."""
+    """Values and gradients of the mixer against softmax(QK^T + mask) V, the mask written out pair
+    by pair."""
     knobs = dict(mixer="attn", window=window, n_kv_head=heads, pos="none")
     m = awake(build("mixer", "attn", Config(**SIZES | knobs), 32, T)).double()
     starts = torch.tensor([[0] * 20 + [20] * 3 + [23] * (T - 23), [0] * T])
@@ -129,7 +144,9 @@ def test_flex_attention_reads_the_same_rule():
 def test_decoding_forgets_at_a_new_document(case):
     """Step by step, rows whose documents begin at different places, against forward."""
     gpt = model(**MASKING[case], batches="packed", document_token=START)
-    idx = torch.from_numpy(np.stack([np.concatenate(documents(9, 30, 25)), np.concatenate(documents(40, 24, seed=1))]))
+    idx = torch.from_numpy(
+        np.stack([np.concatenate(documents(9, 30, 25)), np.concatenate(documents(40, 24, seed=1))])
+    )
     state, columns = gpt.init_state(2), []
     for t in range(T):
         logits, state = gpt.step(idx[:, t], state)
@@ -146,13 +163,16 @@ def test_an_epoch_of_padded_batches_predicts_every_token_once():
         assert share == 1 and (rows.size(1) - 1) % 8 == 0 and rows.size(1) <= T + 1
         assert (rows.size(1) - 1) * len(rows) <= 2 * T      # the budget of tokens
         counts = (rows[:, 1:] >= 0).sum(1)
-        assert rows.size(1) - 1 - counts.max() < 8          # no more padding than the multiple of 8 asks for
+        # no more padding than the multiple of 8 asks for
+        assert rows.size(1) - 1 - counts.max() < 8
         seen += [tuple(r[r >= 0].tolist()) for r in rows]
     pieces = len(padded)
     for epoch in range(3):
         mine = seen[epoch * pieces:(epoch + 1) * pieces]
         assert sum(len(r) - 1 for r in mine) == len(text) - 1 == padded.targets(pieces)
-        assert sorted(mine) == sorted(tuple(text[s:s + n + 1].tolist()) for s, n in zip(padded.start, padded.length))
+        assert sorted(mine) == sorted(
+            tuple(text[s : s + n + 1].tolist()) for s, n in zip(padded.start, padded.length)
+        )
     assert seen[:pieces] != seen[pieces:2 * pieces] and padded.documents == len(docs)
     assert padded.first(len(text)) == pieces and padded.targets(padded.first(50)) <= 50
 
@@ -166,10 +186,13 @@ def test_processes_share_padded_steps():
     whole, parts = steps(0, 1), [steps(rank, 2) for rank in (0, 1)]
     for step, (batches, predictions) in enumerate(whole):
         assert sum((rows[:, 1:] >= 0).sum() for rows, _ in batches) == predictions
-        assert all(abs(share - (rows[:, 1:] >= 0).sum() / predictions) < 1e-12 for rows, share in batches)
+        assert all(
+            abs(share - (rows[:, 1:] >= 0).sum() / predictions) < 1e-12 for rows, share in batches
+        )
         shared = [parts[i % 2][step][0][i // 2] for i in range(4)]
         for (rows, share), (theirs, part) in zip(batches, shared):
-            assert torch.equal(rows, theirs) and abs(part - 2 * share) < 1e-12           # the average halves it
+            # the average halves it
+            assert torch.equal(rows, theirs) and abs(part - 2 * share) < 1e-12
 
 
 def test_packed_rows_are_windows_and_mark_no_padding():
@@ -177,23 +200,35 @@ def test_packed_rows_are_windows_and_mark_no_padding():
     assert rows[0][0].shape == (2, T + 1) and (rows[0][0] >= 0).all()
 
 
-@pytest.mark.parametrize("flags, why", [
-    ("--batches packed", "no token of a vocabulary of 256 is known to start a document"),
-    ("--batches padded --document_token 256", "no token of a vocabulary of 256"),
-    ("--batches padded --document_token 0", "no document starts with token 0"),
-    ("--batches packed --document_token 10 --mixer afno", "afno as set here cannot keep documents apart"),
-    ("--batches packed --document_token 10 --mixer attn --short_conv", "attn as set here cannot keep documents apart"),
-    ("--batches packed --document_token 10 --mixer attn,gdn", "gdn as set here cannot keep documents apart"),
-    ("--document_token 10", "--document_token has no effect here"),
-    ("--batches padded --no-shuffle", "--batches padded with --shuffle False"),
-    ("--mixer ngpt --norm lns", "--mixer ngpt with --norm lns"),
-    ("--mixer ngpt --residual gpas", "--mixer ngpt with --residual gpas"),
-    ("--mixer afno --norm hybrid", "--norm hybrid with --head_norm qk"),
-    ("--logit_scale 0", "--logit_scale 0.0 is out of range"),
-    ("--batches padded --document_token 0 --estimate", "no document starts with token 0"),
-    ("--mixer afno --window 8", "--window has no effect here"),
-    ("--batches bags", "no such row; choose from windows, packed, padded"),
-])
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        ("--batches packed", "no token of a vocabulary of 256 is known to start a document"),
+        ("--batches padded --document_token 256", "no token of a vocabulary of 256"),
+        ("--batches padded --document_token 0", "no document starts with token 0"),
+        (
+            "--batches packed --document_token 10 --mixer afno",
+            "afno as set here cannot keep documents apart",
+        ),
+        (
+            "--batches packed --document_token 10 --mixer attn --short_conv",
+            "attn as set here cannot keep documents apart",
+        ),
+        (
+            "--batches packed --document_token 10 --mixer attn,gdn",
+            "gdn as set here cannot keep documents apart",
+        ),
+        ("--document_token 10", "--document_token has no effect here"),
+        ("--batches padded --no-shuffle", "--batches padded with --shuffle False"),
+        ("--mixer ngpt --norm lns", "--mixer ngpt with --norm lns"),
+        ("--mixer ngpt --residual gpas", "--mixer ngpt with --residual gpas"),
+        ("--mixer afno --norm hybrid", "--norm hybrid with --head_norm qk"),
+        ("--logit_scale 0", "--logit_scale 0.0 is out of range"),
+        ("--batches padded --document_token 0 --estimate", "no document starts with token 0"),
+        ("--mixer afno --window 8", "--window has no effect here"),
+        ("--batches bags", "no such row; choose from windows, packed, padded"),
+    ],
+)
 def test_refusals(flags, why):
     with pytest.raises(SystemExit, match=why):
         main(parse(flags.split() + ["--output_dir", "/nonexistent"]))
@@ -202,12 +237,15 @@ def test_refusals(flags, why):
 def test_processes_need_micro_batches():
     docs = {"s": np.concatenate(documents(9, 30)).astype(np.uint16)}
     cfg = Config(**SIZES, batches="padded", document_token=START, grad_accumulation_steps=3)
-    with pytest.raises(SystemExit, match="3 micro-batches of documents cannot be shared evenly by 2 processes"):
+    with pytest.raises(
+        SystemExit, match="3 micro-batches of documents cannot be shared evenly by 2 processes"
+    ):
         Padded(docs, cfg, 0, 2)
 
 
 def test_the_vocabulary_of_the_shards_names_the_token():
-    """Also under a model whose vocabulary is padded; an estimate for another vocabulary takes that one's."""
+    """Also under a model whose vocabulary is padded; an estimate for another vocabulary takes that
+    one's."""
     shards = {"s": np.array([50256, 1, 2])}
     cfg = Config(**SIZES | dict(vocab_size=50304), batches="packed")
     assert document_token(cfg, shards, 50257) == 50256
@@ -218,20 +256,30 @@ def test_the_vocabulary_of_the_shards_names_the_token():
 @pytest.mark.parametrize("batches", ["padded", "packed"])
 def test_a_run_learns_from_documents(tmp_path, batches, capsys):
     """Lines of Shakespeare as documents; the estimate counts them first."""
-    flags = (f"--mixer attn --batches {batches} --document_token 10 --n_layer 1 --n_head 2 --n_embd 32 "
-             f"--sequence_length 64 --num_iterations 40 --val_tokens 4096 --output_dir {tmp_path}").split()
+    flags = (
+        f"--mixer attn --batches {batches} --document_token 10 --n_layer 1 --n_head 2 --n_embd 32 "
+        f"--sequence_length 64 --num_iterations 40 --val_tokens 4096 --output_dir {tmp_path}"
+    ).split()
     main(parse([*flags, "--estimate"]))
     assert ("documents of" in capsys.readouterr().out) == (batches == "padded")
     assert main(parse(flags)) < 3.6                         # from ln 256 = 5.5
-    assert ("tokens:20480 " in capsys.readouterr().out) == (batches == "packed")         # padding is not counted
+    # padding is not counted
+    assert ("tokens:20480 " in capsys.readouterr().out) == (batches == "packed")
 
 
 def test_a_windows_flops_and_the_logits_scale():
     """Scores and mixing of the pairs that are seen; a factor on the logits."""
     pairs = sum(min(t + 1, 10) for t in range(T)) / T
-    windowed, whole = (build("mixer", "attn", Config(**SIZES, mixer="attn", window=w), 32, T) for w in (10, 0))
-    assert windowed.flops(T) == pytest.approx(4 * 32 * pairs, rel=0.02) and whole.flops(T) == 4 * 32 * T / 2
-    assert build("mixer", "attn", Config(**SIZES, mixer="attn", window=T + 9), 32, T).flops(T) == whole.flops(T)
+    windowed, whole = (
+        build("mixer", "attn", Config(**SIZES, mixer="attn", window=w), 32, T) for w in (10, 0)
+    )
+    assert (
+        windowed.flops(T) == pytest.approx(4 * 32 * pairs, rel=0.02)
+        and whole.flops(T) == 4 * 32 * T / 2
+    )
+    assert build("mixer", "attn", Config(**SIZES, mixer="attn", window=T + 9), 32, T).flops(
+        T
+    ) == whole.flops(T)
     idx = torch.from_numpy(documents(T)[0])[None]
     one, half = (model(mixer="attn", logit_scale=s, logit_softcap=0.0)(idx) for s in (1.0, 0.5))
     assert (one / 2 - half).abs().max() < 1e-12

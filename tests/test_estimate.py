@@ -22,7 +22,8 @@ def stepped(optim):
 
 
 def numbers(value):
-    """How many numbers a state holds, in whatever lists; single ones, such as steps, not counted."""
+    """How many numbers a state holds, in whatever lists; single ones, such as steps, not
+    counted."""
     if isinstance(value, torch.Tensor):
         return value.numel() if value.numel() > 1 else 0
     if isinstance(value, dict):

@@ -8,14 +8,24 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import fft_conv, toeplitz_conv
-from fftnet import CHUNK, FFTNet, FilterBank, modrelu, rotate, running_mean, running_spectrum, running_spectrum_naive
+from fftnet import (
+    CHUNK,
+    FFTNet,
+    FilterBank,
+    modrelu,
+    rotate,
+    running_mean,
+    running_spectrum,
+    running_spectrum_naive,
+)
 from parts import CoLA
 from tests.checks import C as WIDTH
 from tests.checks import apart, awake, batch, jacobian, prefix
 from train_gpt2 import GPT, Config, roles
 
 CASES = [dict(), dict(modes=3), dict(filter="bank"), dict(filter="bank", modes=2)]
-MILD, STRONG = 0.05, 20.0                                   # -g: a token forgets 5%, or all but 2e-9
+# -g: a token forgets 5%, or all but 2e-9
+MILD, STRONG = 0.05, 20.0
 
 
 def inputs(T, decay=MILD, dtype=torch.float64, B=2, H=3, M=4, d=5):
@@ -36,7 +46,9 @@ def with_gradients(rule, x, *more, **knobs):
 
 def same(a, b, allowed):
     for i in b:
-        assert a[i].shape == b[i].shape and (a[i] - b[i]).abs().max() <= allowed * (1 + b[i].abs().max()), i
+        assert a[i].shape == b[i].shape and (a[i] - b[i]).abs().max() <= allowed * (
+            1 + b[i].abs().max()
+        ), i
 
 
 def layer(dim=16, seq_len=150, n_head=4, **knobs):
@@ -60,12 +72,17 @@ def test_chunks_equal_the_recurrence_in_values_and_gradients(T, decay):
 @pytest.mark.parametrize("chunk", [1, 3, 16, 100, 1000])
 def test_any_chunk_gives_the_same(chunk):
     x = inputs(70)
-    same(with_gradients(running_spectrum, x, chunk=chunk), with_gradients(running_spectrum_naive, x), 1e-12)
+    same(
+        with_gradients(running_spectrum, x, chunk=chunk),
+        with_gradients(running_spectrum_naive, x),
+        1e-12,
+    )
 
 
 @pytest.mark.parametrize("rule", [running_spectrum, running_spectrum_naive])
 def test_the_equation(rule):
-    """The sum over the past: Re sum_s sum_m a_t conj(k_s) e^{i theta (t - s)} e^{g_{s+1} + ... + g_t} v_s."""
+    """The sum over the past: Re sum_s sum_m a_t conj(k_s) e^{i theta (t - s)} e^{g_{s+1} + ... +
+    g_t} v_s."""
     x = a, k, v, g, theta = [u.detach() for u in inputs(5, B=1, H=1)]
     y = rule(*x)
     y = (y[0] if isinstance(y, tuple) else y)[0, :, 0]
@@ -77,7 +94,8 @@ def test_the_equation(rule):
 
 
 def test_a_spectrum_is_one():
-    """With constant keys and no decay, mode m holds the DFT of the past at theta_m, in the present token's frame."""
+    """With constant keys and no decay, mode m holds the DFT of the past at theta_m, in the present
+    token's frame."""
     a, k, v, g, _ = [u.detach() for u in inputs(64, B=1, H=1, M=33)]
     theta = torch.linspace(0, math.pi, 33, dtype=torch.float64)[None]
     ones = torch.cat((torch.ones(33), torch.zeros(33))).double().expand_as(a)
@@ -93,7 +111,8 @@ def test_extreme_gates_stay_finite(g):
     x[3] = torch.full_like(x[3], g).requires_grad_()
     result = with_gradients(running_spectrum, x)
     assert all(u.isfinite().all() for u in result.values())
-    same(result, with_gradients(running_spectrum_naive, x), 1e-3)        # theta's gradient: a sum that cancels to 0
+    # theta's gradient: a sum that cancels to 0
+    same(result, with_gradients(running_spectrum_naive, x), 1e-3)
 
 
 def test_angles_stay_exact_in_a_long_context():
@@ -119,13 +138,22 @@ def test_the_future_does_not_move_a_bit():
         assert torch.equal(running_spectrum(*other, x[4])[:, :cut], y[:, :cut])
 
 
-# ---------------------------------------------------------------- the filter bank, the filter, its context
+# ---------------- the filter bank, the filter, its context
 
 def filter_bank_naive(a, v, h):
-    """FilterBank's numbers by two loops, in complex numbers: a (B, T, H, 2M), v (B, T, H, d), h (H, 2M, T) -> v's."""
+    """FilterBank's numbers by two loops, in complex numbers: a (B, T, H, 2M), v (B, T, H, d), h (H,
+    2M, T) -> v's."""
     a, h = torch.complex(*a.chunk(2, dim=-1)), torch.complex(*h.chunk(2, dim=1))
-    return torch.stack([sum((a[:, t] * h[..., t - s].conj()).sum(-1).real[..., None] * v[:, s] for s in range(t + 1))
-                        for t in range(v.size(1))], dim=1)
+    return torch.stack(
+        [
+            sum(
+                (a[:, t] * h[..., t - s].conj()).sum(-1).real[..., None] * v[:, s]
+                for s in range(t + 1)
+            )
+            for t in range(v.size(1))
+        ],
+        dim=1,
+    )
 
 
 @pytest.mark.parametrize("conv", [fft_conv, toeplitz_conv])
@@ -149,8 +177,15 @@ def test_modrelu():
     z, b = noise(2, 9, 12), torch.linspace(-1.5, 0.5, 6).double()
     c = torch.complex(*z.chunk(2, -1))
     expected = F.relu(c.abs() + b) * torch.exp(1j * c.angle())
-    assert apart(torch.view_as_real(torch.complex(*modrelu(z, b).chunk(2, -1))), torch.view_as_real(expected)) < 1e-4
-    assert 10 < (modrelu(z, b) == 0).sum() < z.numel() // 2              # a threshold, and an exact one
+    assert (
+        apart(
+            torch.view_as_real(torch.complex(*modrelu(z, b).chunk(2, -1))),
+            torch.view_as_real(expected),
+        )
+        < 1e-4
+    )
+    # a threshold, and an exact one
+    assert 10 < (modrelu(z, b) == 0).sum() < z.numel() // 2
     zero = torch.zeros(12).requires_grad_()
     modrelu(zero, b).sum().backward()
     assert zero.grad.isfinite().all()
@@ -168,12 +203,14 @@ def test_the_mean_is_of_the_past():
     for t in range(150):
         assert apart(mean[:, t], x[:, :t + 1].mean(1)) < 1e-12
     assert all(torch.equal(running_mean(x[:, :t]), mean[:, :t]) for t in (1, 2, 64, 149))
-    assert running_mean(torch.ones(1, 4000, 1).bfloat16()).eq(1).all()   # bf16 would stop counting at 256
+    # bf16 would stop counting at 256
+    assert running_mean(torch.ones(1, 4000, 1).bfloat16()).eq(1).all()
 
 
 @pytest.mark.parametrize("filter", ["running", "bank"])
 def test_the_context_reaches_the_filter_and_only_forwards(filter):
-    """A token that is silent in every stream still moves later outputs by the mean, and no earlier one."""
+    """A token that is silent in every stream still moves later outputs by the mean, and no earlier
+    one."""
     m, x = layer(filter=filter), noise()
     with torch.no_grad():
         for p in (m.q.weight, m.v.weight, m.gate.weight, getattr(m.spectrum, "k", m.q).weight):
@@ -198,7 +235,8 @@ def test_strictly_causal_and_one_row_at_a_time(knobs):
 
 @pytest.mark.parametrize("knobs", CASES, ids=str)
 def test_step_equals_forward_in_values_and_gradients(knobs):
-    """Decoding uses other code, loops and direct sums: with it, all of the layer is computed twice."""
+    """Decoding uses other code, loops and direct sums: with it, all of the layer is computed
+    twice."""
     m, x = layer(**knobs), noise(2, 70).requires_grad_()
     v1 = torch.randn_like(m.value(x))
     def decode(x):
@@ -208,7 +246,11 @@ def test_step_equals_forward_in_values_and_gradients(knobs):
             columns.append(y)
         return torch.stack(columns, 1)
     P = list(m.parameters())
-    same(with_gradients(lambda x, *P: decode(x), [x, *P]), with_gradients(lambda x, *P: m(x, v1), [x, *P]), 1e-10)
+    same(
+        with_gradients(lambda x, *P: decode(x), [x, *P]),
+        with_gradients(lambda x, *P: m(x, v1), [x, *P]),
+        1e-10,
+    )
 
 
 @pytest.mark.parametrize("knobs", CASES, ids=str)
@@ -223,16 +265,33 @@ def test_a_value_residual_is_added_to_the_projected_values(knobs):
 def test_parameters_by_hand():
     def count(m):
         return sum(p.numel() for p in m.parameters())
-    dim, H = 512, 8                                         # q, k, v, gate, proj; forget; context; convolutions
-    running = FFTNet(dim, 64, n_head=H)                     # theta, bias; base, threshold: M = 32 a head
-    assert count(running) == 5 * dim**2 + H * dim + 2 * 64 * dim + 4 * 4 * dim + H * 32 + H + 3 * H * 32
+    # q, k, v, gate, proj; forget; context; convolutions
+    dim, H = 512, 8
+    # theta, bias; base, threshold: M = 32 a head
+    running = FFTNet(dim, 64, n_head=H)
+    assert (
+        count(running)
+        == 5 * dim**2 + H * dim + 2 * 64 * dim + 4 * 4 * dim + H * 32 + H + 3 * H * 32
+    )
     assert count(FFTNet(dim, 64, n_head=H, hidden=100)) == count(running) + (100 - 64) * 2 * dim
     few = FFTNet(dim, 64, n_head=H, modes=4)
-    assert count(few) == (3 * dim**2 + 2 * 64 * dim + H * dim + 64 * (dim + 64) + 4 * (2 * dim + 2 * 64)
-                          + H * 4 + H + 3 * H * 4)
-    bank = FFTNet(dim, 64, n_head=H, filter="bank")         # 4 anchors a head: 8 kernels from 16 poles, 16 hidden
+    assert count(few) == (
+        3 * dim**2
+        + 2 * 64 * dim
+        + H * dim
+        + 64 * (dim + 64)
+        + 4 * (2 * dim + 2 * 64)
+        + H * 4
+        + H
+        + 3 * H * 4
+    )
+    # 4 anchors a head: 8 kernels from 16 poles, 16 hidden
+    bank = FFTNet(dim, 64, n_head=H, filter="bank")
     kernel = H * (2 * 16 + 2 * 16 * 8 + 2 * 16 * 16 + 2 * 16 * 8 + 2 * 16 + 2 * 8) + 64
-    assert count(bank) == 3 * dim**2 + 64 * dim + 64 * (dim + 64) + 4 * (2 * dim + 64) + 3 * H * 4 + kernel
+    assert (
+        count(bank)
+        == 3 * dim**2 + 64 * dim + 64 * (dim + 64) + 4 * (2 * dim + 64) + 3 * H * 4 + kernel
+    )
 
 
 @pytest.mark.parametrize("filter", ["running", "bank"])
@@ -247,10 +306,15 @@ def test_what_muon_must_not_meet(filter):
 
 
 def test_how_it_starts():
-    """The DFT's frequencies, windows from 2 tokens to the sequence, and the paper's base filter and modReLU bias."""
+    """The DFT's frequencies, windows from 2 tokens to the sequence, and the paper's base filter and
+    modReLU bias."""
     m = FFTNet(64, 512, n_head=4)
-    assert torch.allclose(m.spectrum.theta, torch.fft.rfftfreq(14, 1 / (2 * math.pi)).expand(4, 8), atol=1e-6)
-    assert torch.allclose(1 / F.softplus(m.spectrum.bias), torch.tensor([2.0, 12.7, 80.6, 512.0]), rtol=1e-2)
+    assert torch.allclose(
+        m.spectrum.theta, torch.fft.rfftfreq(14, 1 / (2 * math.pi)).expand(4, 8), atol=1e-6
+    )
+    assert torch.allclose(
+        1 / F.softplus(m.spectrum.bias), torch.tensor([2.0, 12.7, 80.6, 512.0]), rtol=1e-2
+    )
     assert torch.equal(torch.complex(*m.base.view(4, 16).chunk(2, -1)), torch.ones(4, 8) + 0j)
     assert m.threshold.unique().tolist() == pytest.approx([-0.1])
 
@@ -259,8 +323,11 @@ def test_cost_does_not_grow_with_the_context():
     m, T = FFTNet(64, 8192, n_head=2), 2 * CHUNK
     with FlopCounterMode(display=False) as counter:
         m(torch.randn(1, T, 64))
-    weights = 2 * sum(p.numel() for name, p in m.named_parameters() if p.ndim == 2 and name.endswith("weight")
-                      and "conv" not in name)
+    weights = 2 * sum(
+        p.numel()
+        for name, p in m.named_parameters()
+        if p.ndim == 2 and name.endswith("weight") and "conv" not in name
+    )
     assert counter.get_total_flops() / T == weights + m.flops(T) and m.flops(T) == m.flops(8192)
     bank = FFTNet(64, 1024, n_head=2, filter="bank")
     assert bank.flops(1024) == 8 * 64 * (1024 + 128 + 2)
@@ -300,9 +367,24 @@ def test_sizes_that_do_not_fit(knobs):
 
 @pytest.mark.parametrize("filter", ["running", "bank"])
 def test_the_model_of_the_recipe_is_causal_and_decodes(filter):
-    cfg = Config(mixer="fftnet", fftnet_filter=filter, fftnet_hidden=48, mlp="gelu", norm="pre_post", pos="sinusoidal",
-                 embed_scale=True, embed_norm=False, logit_softcap=0.0, zero_init=False, dropout=0.1,
-                 n_layer=3, n_head=4, n_embd=32, sequence_length=70, vocab_size=50)
+    cfg = Config(
+        mixer="fftnet",
+        fftnet_filter=filter,
+        fftnet_hidden=48,
+        mlp="gelu",
+        norm="pre_post",
+        pos="sinusoidal",
+        embed_scale=True,
+        embed_norm=False,
+        logit_softcap=0.0,
+        zero_init=False,
+        dropout=0.1,
+        n_layer=3,
+        n_head=4,
+        n_embd=32,
+        sequence_length=70,
+        vocab_size=50,
+    )
     m, idx = awake(GPT(cfg)).eval(), torch.randint(50, (2, 70))
     state, columns = m.init_state(2), []
     for t in range(70):

@@ -1,4 +1,6 @@
-"""Flags are the fields of Config, and everything a user can get wrong is one line, not a traceback."""
+"""Flags are the fields of Config, and everything a user can get wrong is one line, not a
+traceback."""
+
 import inspect
 import re
 import subprocess
@@ -12,8 +14,18 @@ from machine import device_peak_flops
 from train_gpt2 import AXES, ROOT, Config, main, parse
 
 # small enough for any machine, should a run start that must not
-SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--sequence_length=16", "--batch_size=2", "--num_iterations=2",
-         "--val_tokens=32", "--device=cpu", "--warmup_iters=0", "--warmdown_iters=0"]
+SMALL = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--sequence_length=16",
+    "--batch_size=2",
+    "--num_iterations=2",
+    "--val_tokens=32",
+    "--device=cpu",
+    "--warmup_iters=0",
+    "--warmdown_iters=0",
+]
 ATTN, AFNO = ["--mixer=attn"], ["--mixer=afno", "--afno_num_blocks=2", "--afno_group_size=4"]
 DEFAULT = {f.name: f.default for f in fields(Config)}
 
@@ -26,7 +38,9 @@ def flags(argv):
 def test_every_field_is_one_flag(capsys):
     with pytest.raises(SystemExit) as e:
         parse(["--help"])
-    shown = re.findall(r"^  (?:-h, )?--(\w+)(?:, --no-(\w+))?", capsys.readouterr().out, re.MULTILINE)
+    shown = re.findall(
+        r"^  (?:-h, )?--(\w+)(?:, --no-(\w+))?", capsys.readouterr().out, re.MULTILINE
+    )
     assert e.value.code == 0 and [name for name, _ in shown] == ["help", *DEFAULT]
     switches = {f.name for f in fields(Config) if f.type in (bool, bool | None)}
     assert {name for name, negative in shown if negative == name} == switches
@@ -34,9 +48,20 @@ def test_every_field_is_one_flag(capsys):
 
 @pytest.mark.parametrize("f", fields(Config), ids=lambda f: f.name)
 def test_a_flag_sets_its_field_and_no_other(f, monkeypatch):
-    monkeypatch.setattr(Config, "__post_init__", lambda self: None)          # values need not make sense together
-    value = not f.default if f.type in (bool, bool | None) else f.type(7) if f.type is not str else "word"
-    argv = [f"--{'' if value else 'no-'}{f.name}"] if isinstance(value, bool) else [f"--{f.name}", str(value)]
+    # values need not make sense together
+    monkeypatch.setattr(Config, "__post_init__", lambda self: None)
+    value = (
+        not f.default
+        if f.type in (bool, bool | None)
+        else f.type(7)
+        if f.type is not str
+        else "word"
+    )
+    argv = (
+        [f"--{'' if value else 'no-'}{f.name}"]
+        if isinstance(value, bool)
+        else [f"--{f.name}", str(value)]
+    )
     got = asdict(parse(argv))
     assert got == DEFAULT | {f.name: value} and type(got[f.name]) is type(value)
 
@@ -52,33 +77,67 @@ def test_sizes_by_name_and_by_number():
     assert cfg.mixers == ["afno", "afno", "attn", "afno", "afno"]
 
 
-WRONG = [                                                   # (flags, what the line must name)
-    (["--nonsense=1"], "nonsense"), (["--learning=0.1"], "learning"), (["stray"], "stray"), (["--seed"], "seed"),
-    (["--n_layer=x"], "n_layer"), (["--n_layer=2.5"], "n_layer"), (["--shuffle=yes"], "shuffle"),
-    (["--mixer=lstm"], "lstm"), (["--mixer=afno,lstm"], "lstm"), (["--mixer="], "mixer"), (["--mixer=attn,"], "mixer"),
-    (["--mlp=lstm"], "mlp"), (["--pos=lstm"], "pos"), (["--optim=sgd"], "sgd"), (["--model=d13"], "d13"),
-    (["--optim=adamw,muon"], "optim"), (["--mlp=relu2,gelu"], "mlp"), (["--pos=rope,learned"], "pos"),
-    (["--embed_scale"], "--no-embed_norm"), (["--norm=pre_post", "--residual=gpas"], "gpas"),
-    ([*ATTN, "--fftnet_hidden=9"], "fftnet_hidden"), ([*ATTN, "--afno_poles=9"], "afno_poles"),
-    (["--mixer=afno", "--n_kv_head=2"], "n_kv_head"), (["--mixer=afno", "--head_norm=none"], "head_norm"),
-    (["--optim=adamw", "--muon_momentum=0.5"], "muon_momentum"), (["--optim=muon", "--muon_momentum=1"], "muon"),
-    (["--sequence_length=0"], "sequence_length"), (["--batch_size=-1"], "batch_size"), (["--n_layer=-1"], "n_layer"),
-    (["--num_iterations=0"], "num_iterations"), (["--seed=-1"], "seed"), (["--seed=9" + 30 * "9"], "seed"),
-    (["--learning_rate=-1"], "learning_rate"), (["--learning_rate=nan"], "learning_rate"), (["--mlp_ratio=0"], "mlp"),
-    (["--weight_decay=inf"], "weight_decay"), (["--adam_beta1=1"], "adam_beta1"), (["--adam_beta2=1.5"], "adam_beta2"),
-    (["--warmup_iters=-2"], "warmup_iters"), (["--num_iterations=10", "--warmdown_iters=11"], "num_iterations"),
-    ([*ATTN, "--n_embd=34", "--n_head=4"], "34 channels"), ([*ATTN, "--n_head=2", "--n_kv_head=4"], "key/value"),
-    ([*AFNO, "--afno_num_blocks=3"], "afno_num_blocks"), ([*AFNO, "--afno_group_size=5"], "afno_group_size"),
-    ([*AFNO, "--afno_backend=fpga"], "fpga"), ([*AFNO, "--afno_poles=1"], "afno_poles"),
+WRONG = [  # (flags, what the line must name)
+    (["--nonsense=1"], "nonsense"),
+    (["--learning=0.1"], "learning"),
+    (["stray"], "stray"),
+    (["--seed"], "seed"),
+    (["--n_layer=x"], "n_layer"),
+    (["--n_layer=2.5"], "n_layer"),
+    (["--shuffle=yes"], "shuffle"),
+    (["--mixer=lstm"], "lstm"),
+    (["--mixer=afno,lstm"], "lstm"),
+    (["--mixer="], "mixer"),
+    (["--mixer=attn,"], "mixer"),
+    (["--mlp=lstm"], "mlp"),
+    (["--pos=lstm"], "pos"),
+    (["--optim=sgd"], "sgd"),
+    (["--model=d13"], "d13"),
+    (["--optim=adamw,muon"], "optim"),
+    (["--mlp=relu2,gelu"], "mlp"),
+    (["--pos=rope,learned"], "pos"),
+    (["--embed_scale"], "--no-embed_norm"),
+    (["--norm=pre_post", "--residual=gpas"], "gpas"),
+    ([*ATTN, "--fftnet_hidden=9"], "fftnet_hidden"),
+    ([*ATTN, "--afno_poles=9"], "afno_poles"),
+    (["--mixer=afno", "--n_kv_head=2"], "n_kv_head"),
+    (["--mixer=afno", "--head_norm=none"], "head_norm"),
+    (["--optim=adamw", "--muon_momentum=0.5"], "muon_momentum"),
+    (["--optim=muon", "--muon_momentum=1"], "muon"),
+    (["--sequence_length=0"], "sequence_length"),
+    (["--batch_size=-1"], "batch_size"),
+    (["--n_layer=-1"], "n_layer"),
+    (["--num_iterations=0"], "num_iterations"),
+    (["--seed=-1"], "seed"),
+    (["--seed=9" + 30 * "9"], "seed"),
+    (["--learning_rate=-1"], "learning_rate"),
+    (["--learning_rate=nan"], "learning_rate"),
+    (["--mlp_ratio=0"], "mlp"),
+    (["--weight_decay=inf"], "weight_decay"),
+    (["--adam_beta1=1"], "adam_beta1"),
+    (["--adam_beta2=1.5"], "adam_beta2"),
+    (["--warmup_iters=-2"], "warmup_iters"),
+    (["--num_iterations=10", "--warmdown_iters=11"], "num_iterations"),
+    ([*ATTN, "--n_embd=34", "--n_head=4"], "34 channels"),
+    ([*ATTN, "--n_head=2", "--n_kv_head=4"], "key/value"),
+    ([*AFNO, "--afno_num_blocks=3"], "afno_num_blocks"),
+    ([*AFNO, "--afno_group_size=5"], "afno_group_size"),
+    ([*AFNO, "--afno_backend=fpga"], "fpga"),
+    ([*AFNO, "--afno_poles=1"], "afno_poles"),
     ([*ATTN, "--pos=rope", "--n_embd=18", "--n_head=2"], "even"),
     (["--mixer=afno,attn", *AFNO[1:], "--value_residual", "--n_kv_head=1"], "value_residual"),
-    (["--input_bin=no/such*.bin"], "no/such"), (["--input_val_bin=requirements.txt"], "requirements.txt"),
-    ([*ATTN, "--vocab_size=10"], "10"), (["--sequence_length=9000000"], "sequence_length"),
-    (["--device=tpu"], "tpu"), ([*ATTN, "--output_dir=/dev/null/x"], "/dev/null/x"),
+    (["--input_bin=no/such*.bin"], "no/such"),
+    (["--input_val_bin=requirements.txt"], "requirements.txt"),
+    ([*ATTN, "--vocab_size=10"], "10"),
+    (["--sequence_length=9000000"], "sequence_length"),
+    (["--device=tpu"], "tpu"),
+    ([*ATTN, "--output_dir=/dev/null/x"], "/dev/null/x"),
 ]
 
 
-@pytest.mark.parametrize("argv, word", WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    "argv, word", WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
 def test_what_is_wrong_is_one_line(argv, word, tmp_path):
     with pytest.raises(SystemExit) as e:
         main(parse([*SMALL, f"--output_dir={tmp_path}", *argv]))
@@ -87,33 +146,64 @@ def test_what_is_wrong_is_one_line(argv, word, tmp_path):
     assert not list(tmp_path.iterdir())                     # refused before anything was written
 
 
-@pytest.mark.parametrize("argv, word", [WRONG[0], (["--n_head=5"], "heads"), (["--input_bin=none.bin"], "none.bin")])
+@pytest.mark.parametrize(
+    "argv, word", [WRONG[0], (["--n_head=5"], "heads"), (["--input_bin=none.bin"], "none.bin")]
+)
 def test_one_line_on_stderr(argv, word):
     done = flags(argv)
-    assert done.returncode != 0 and word in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode != 0 and word in done.stderr and len(done.stderr.splitlines()) == 1, (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-@pytest.mark.parametrize("argv", [["--n_layer=1", "--unet_skips"], ["--sequence_length=1"], ["--num_iterations=1"]])
+@pytest.mark.parametrize(
+    "argv", [["--n_layer=1", "--unet_skips"], ["--sequence_length=1"], ["--num_iterations=1"]]
+)
 def test_extreme_sizes_run(argv, tmp_path):
     assert main(parse([*SMALL, *ATTN, f"--output_dir={tmp_path}", *argv])) > 0
 
 
-@pytest.mark.parametrize("name, known", [("NVIDIA GeForce RTX 4090", True), ("NVIDIA H200", True), ("", False),
-                                         ("NVIDIA GeForce RTX 4090 Laptop GPU", False), ("NVIDIA RTX A1000", False)])
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("NVIDIA GeForce RTX 4090", True),
+        ("NVIDIA H200", True),
+        ("", False),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", False),
+        ("NVIDIA RTX A1000", False),
+    ],
+)
 def test_no_mfu_of_a_gpu_that_only_sounds_familiar(name, known, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert (device_peak_flops(torch.device("cuda")) is not None) == known
 
 
 def test_estimate(tmp_path, capsys):
-    assert main(parse([*"--mixer attn --model d12 --vocab_size 50257 --tie_embeddings --no-pad_vocab --mlp gelu "
-                        "--sequence_length 1024 --batch_size 16 --grad_accumulation_steps 32 --num_iterations 4768 "
-                        "--estimate".split(), f"--output_dir={tmp_path}"])) is None
+    assert (
+        main(
+            parse(
+                [
+                    *"--mixer attn --model d12 --vocab_size 50257 --tie_embeddings --no-pad_vocab --mlp gelu "
+                    "--sequence_length 1024 --batch_size 16 --grad_accumulation_steps 32 --num_iterations 4768 "
+                    "--estimate".split(),
+                    f"--output_dir={tmp_path}",
+                ]
+            )
+        )
+        is None
+    )
     text = capsys.readouterr().out
-    flops = 6 * 123_532_032 + 6 * 12 * 768 * 1024           # 6 a parameter, and the causal half of attention
-    for line in (r"parameters +123,532,032 ", r"tokens a step +524,288 ", r"tokens +2,499,805,184 ",
-                 rf"FLOPs a token +{flops:,} ", r"memory +about [\d,]+ MiB ", r"time +about .* RTX 4090"):
+    # 6 a parameter, and the causal half of attention
+    flops = 6 * 123_532_032 + 6 * 12 * 768 * 1024
+    for line in (
+        r"parameters +123,532,032 ",
+        r"tokens a step +524,288 ",
+        r"tokens +2,499,805,184 ",
+        rf"FLOPs a token +{flops:,} ",
+        r"memory +about [\d,]+ MiB ",
+        r"time +about .* RTX 4090",
+    ):
         assert re.search("^" + line, text, re.MULTILINE), line
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,6 @@
-"""What only a GPU shows: bf16 autocast, torch.compile, Newton-Schulz in bf16, at the width of the race."""
+"""What only a GPU shows: bf16 autocast, torch.compile, Newton-Schulz in bf16, at the width of the
+race."""
+
 import pytest
 import torch
 
@@ -9,13 +11,28 @@ from tests.checks import apart, awake
 from train_gpt2 import (GPT, MIXERS, Config, build_optimizers, main, newton_schulz,
                         set_schedule)
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 CUDA = torch.device("cuda")
 
 
 def config(row, **knobs):
-    return Config(**dict(mixer=row, model="d12", n_layer=2, vocab_size=50257, sequence_length=1024, device="cuda",
-                         num_iterations=5, warmup_iters=0, warmdown_iters=0) | knobs)
+    return Config(
+        **dict(
+            mixer=row,
+            model="d12",
+            n_layer=2,
+            vocab_size=50257,
+            sequence_length=1024,
+            device="cuda",
+            num_iterations=5,
+            warmup_iters=0,
+            warmdown_iters=0,
+        )
+        | knobs
+    )
 
 
 def model(cfg):
@@ -37,7 +54,10 @@ def test_compiled_steps_are_finite_and_near_eager(row):
     cfg, losses = config(row), {}
     for kind in ("eager", "compiled"):
         m = model(cfg)
-        forward, optimizers = torch.compile(m) if kind == "compiled" else m, build_optimizers(cfg, m)
+        forward, optimizers = (
+            torch.compile(m) if kind == "compiled" else m,
+            build_optimizers(cfg, m),
+        )
         losses[kind] = []
         for step in range(5):
             set_schedule(optimizers, step, cfg)
@@ -53,7 +73,9 @@ def test_compiled_steps_are_finite_and_near_eager(row):
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=5e-3)
 
 
-@pytest.mark.parametrize("knobs", [dict(mixer="attn"), dict(mixer="afno", afno_backend="toeplitz")], ids=str)
+@pytest.mark.parametrize(
+    "knobs", [dict(mixer="attn"), dict(mixer="afno", afno_backend="toeplitz")], ids=str
+)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_future_does_not_move_a_bit_of_the_past(knobs, compiled):
     torch._dynamo.reset()
@@ -68,11 +90,20 @@ def test_the_future_does_not_move_a_bit_of_the_past(knobs, compiled):
             assert torch.equal(z[:, :cut], y[:, :cut]) and not torch.equal(z[:, cut:], y[:, cut:])
 
 
-@pytest.mark.parametrize("knobs", [dict(window=100), dict(window=100, n_kv_head=4), dict(row="diff", window=300),
-                                   dict(batches="packed", document_token=7, window=300),
-                                   dict(row="ngpt", batches="packed", document_token=7)], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        dict(window=100),
+        dict(window=100, n_kv_head=4),
+        dict(row="diff", window=300),
+        dict(batches="packed", document_token=7, window=300),
+        dict(row="ngpt", batches="packed", document_token=7),
+    ],
+    ids=str,
+)
 def test_flex_attention_is_dense_masked_attention(knobs, monkeypatch):
-    """Compiled, masks go to FlexAttention; else to a dense one: loss and gradients of two layers."""
+    """Compiled, masks go to FlexAttention; else to a dense one: loss and gradients of two
+    layers."""
     torch._dynamo.reset()
     knobs = dict(row="attn") | knobs
     m, idx, found = awake(model(config(**knobs))), tokens(), []
@@ -115,11 +146,20 @@ def test_newton_schulz_in_bfloat16(shape):
     assert update.dtype == torch.bfloat16
     values = torch.linalg.svdvals(update.float())
     assert 0.5 < values.min() and values.max() < 1.4
-    assert (U.mT @ update.float() @ Vh.mT).diagonal(dim1=-2, dim2=-1).min() > 0.5         # the directions stay
+    # the directions stay
+    assert (U.mT @ update.float() @ Vh.mT).diagonal(dim1=-2, dim2=-1).min() > 0.5
 
 
 def test_a_run(tmp_path):
-    cfg = Config(mixer="afno,attn", output_dir=str(tmp_path), num_iterations=20, warmup_iters=0, warmdown_iters=0,
-                 val_tokens=16384, train_loss_every=5, device="cuda")
+    cfg = Config(
+        mixer="afno,attn",
+        output_dir=str(tmp_path),
+        num_iterations=20,
+        warmup_iters=0,
+        warmdown_iters=0,
+        val_tokens=16384,
+        train_loss_every=5,
+        device="cuda",
+    )
     assert main(cfg) < 5.0                                  # ln 256 = 5.5 at the start
     assert "peak_memory" in next(tmp_path.glob("*/log.txt")).read_text()

@@ -26,7 +26,8 @@ def test_value_and_gradients(cap, vocab, chunk):
     h, W, y = draw()
     results = []
     for loss in (linear_cross_entropy(h, W, y, cap, vocab, chunk), plain(h, W, y, cap, vocab)):
-        results.append((loss, *torch.autograd.grad(3.0 * loss, (h, W))))                # an upstream gradient, too
+        # an upstream gradient, too
+        results.append((loss, *torch.autograd.grad(3.0 * loss, (h, W))))
     for ours, reference in zip(*results):
         assert torch.allclose(ours, reference, rtol=1e-12, atol=1e-14)
     assert vocab is None or not results[0][2][vocab:].any()
@@ -70,7 +71,8 @@ def test_without_gradients():
     assert not loss.requires_grad and torch.allclose(loss, plain(h, W, y, 2.0, V))
 
 
-class Sizes(TorchDispatchMode):                             # the largest tensor any operation returns
+# the largest tensor any operation returns
+class Sizes(TorchDispatchMode):
     largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -15,14 +15,49 @@ from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
                         build_optimizers, roles)
 
-PLAIN = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=50, sequence_length=16, mixer="attn", mlp="gelu", pos="none",
-             zero_init=True, tie_embeddings=False, pad_vocab=True, embed_norm=False, logit_softcap=0.0,
-             value_residual=False, x0_shortcut=False, unet_skips=False, branch_scale=False)
-SWITCHES = [dict(embed_norm=True), dict(embed_scale=True), dict(logit_softcap=5.0), dict(value_residual=True),
-            dict(x0_shortcut=True), dict(unet_skips=True), dict(branch_scale=True), dict(head_norm="none"),
-            dict(short_conv=True), dict(mlp="relu2"), *(dict(pos=row) for row in POSITIONS if row != "none")]
-ALL_ON = dict(mixer="afno,attn", n_layer=5, embed_norm=True, logit_softcap=15.0, value_residual=True, x0_shortcut=True,
-              unet_skips=True, branch_scale=True, short_conv=True)
+PLAIN = dict(
+    n_layer=2,
+    n_head=4,
+    n_embd=32,
+    vocab_size=50,
+    sequence_length=16,
+    mixer="attn",
+    mlp="gelu",
+    pos="none",
+    zero_init=True,
+    tie_embeddings=False,
+    pad_vocab=True,
+    embed_norm=False,
+    logit_softcap=0.0,
+    value_residual=False,
+    x0_shortcut=False,
+    unet_skips=False,
+    branch_scale=False,
+)
+SWITCHES = [
+    dict(embed_norm=True),
+    dict(embed_scale=True),
+    dict(logit_softcap=5.0),
+    dict(value_residual=True),
+    dict(x0_shortcut=True),
+    dict(unet_skips=True),
+    dict(branch_scale=True),
+    dict(head_norm="none"),
+    dict(short_conv=True),
+    dict(mlp="relu2"),
+    *(dict(pos=row) for row in POSITIONS if row != "none"),
+]
+ALL_ON = dict(
+    mixer="afno,attn",
+    n_layer=5,
+    embed_norm=True,
+    logit_softcap=15.0,
+    value_residual=True,
+    x0_shortcut=True,
+    unet_skips=True,
+    branch_scale=True,
+    short_conv=True,
+)
 
 
 def config(**knobs):
@@ -40,7 +75,10 @@ def tokens(B=2, T=16):
 
 
 def small_afno(backend="auto", **knobs):
-    knobs = dict(num_blocks=2, poles=4, group_size=2, hidden_size_factor=0.75, sparsity_threshold=0.1) | knobs
+    knobs = (
+        dict(num_blocks=2, poles=4, group_size=2, hidden_size_factor=0.75, sparsity_threshold=0.1)
+        | knobs
+    )
     torch.manual_seed(0)
     return awake(AFNO(8, 9, backend=backend, **knobs)).double()
 
@@ -51,7 +89,10 @@ def small_afno(backend="auto", **knobs):
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_afno_equals_naive_in_values_and_gradients(backend, fraction, T):
-    m, x = small_afno(backend, hard_thresholding_fraction=fraction), torch.randn(2, T, 8, dtype=torch.float64)
+    m, x = (
+        small_afno(backend, hard_thresholding_fraction=fraction),
+        torch.randn(2, T, 8, dtype=torch.float64),
+    )
     x.requires_grad_()
     results = []
     for y in (m(x), afno_naive(m, x)):
@@ -104,7 +145,9 @@ def test_kernel_does_not_depend_on_the_length():
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_attention_equals_naive(n_kv_head):
-    m = awake(CausalSelfAttention(32, 16, n_head=4, n_kv_head=n_kv_head, head_norm=NoHeadNorm, rope=False))
+    m = awake(
+        CausalSelfAttention(32, 16, n_head=4, n_kv_head=n_kv_head, head_norm=NoHeadNorm, rope=False)
+    )
     x = torch.randn(2, 11, 32)
     q, k, v = (part(x).unflatten(2, (-1, 8)).transpose(1, 2) for part in (m.q, m.k, m.v))
     k, v = (t.repeat_interleave(4 // n_kv_head, dim=1) for t in (k, v))
@@ -138,10 +181,19 @@ def test_step_equals_forward_with_all_switches_on(pos, tied):
 
 # ---------------------------------------------------------------- initialisation, roles, sizes
 
-@pytest.mark.parametrize("knobs", [*(dict(mixer=row) for row in MIXERS), *(dict(pos=row) for row in POSITIONS), ALL_ON,
-                                   dict(tie_embeddings=True, pad_vocab=False), dict(n_kv_head=1, zero_init=False)])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        *(dict(mixer=row) for row in MIXERS),
+        *(dict(pos=row) for row in POSITIONS),
+        ALL_ON,
+        dict(tie_embeddings=True, pad_vocab=False),
+        dict(n_kv_head=1, zero_init=False),
+    ],
+)
 def test_every_parameter_has_one_initialiser_one_role_one_optimizer(knobs):
-    torch.use_deterministic_algorithms(True)                # torch.empty gives NaN: what nobody initialises shows
+    # torch.empty gives NaN: what nobody initialises shows
+    torch.use_deterministic_algorithms(True)
     try:
         m = model(**knobs)
     finally:
@@ -156,9 +208,17 @@ def test_every_parameter_has_one_initialiser_one_role_one_optimizer(knobs):
         assert len(owned) == len(set(owned)) and set(owned) == set(m.parameters())
         for opt in optimizers:
             if isinstance(opt, Muon):
-                assert {table[p] for g in opt.param_groups for p in g["params"]} <= {"matrix", "proj"}
-            for g in opt.param_groups:                      # vectors and kernels never decay
-                assert not g["weight_decay"] or {table[p] for p in g["params"]} <= {"matrix", "proj", "embed", "head"}
+                assert {table[p] for g in opt.param_groups for p in g["params"]} <= {
+                    "matrix",
+                    "proj",
+                }
+            for g in opt.param_groups:  # vectors and kernels never decay
+                assert not g["weight_decay"] or {table[p] for p in g["params"]} <= {
+                    "matrix",
+                    "proj",
+                    "embed",
+                    "head",
+                }
 
 
 @pytest.mark.parametrize("mlp", MLPS)
@@ -167,7 +227,8 @@ def test_zero_init_makes_every_block_the_identity(row, mlp):
     m, idx = model(mixer=row, mlp=mlp), tokens()
     x = torch.randn(2, 16, 32)
     assert all(torch.equal(block(x), x) for block in m.blocks)
-    assert abs(m(idx, idx).item() - math.log(50)) < 1e-6     # and the head starts at uniform predictions
+    # and the head starts at uniform predictions
+    assert abs(m(idx, idx).item() - math.log(50)) < 1e-6
     other = model(mixer=row, mlp=mlp, zero_init=False)
     assert not any(torch.equal(block(x), x) for block in other.blocks)
 
@@ -182,22 +243,38 @@ def test_parameter_counts():
     kernel = 2 * N * P + 2 * N * (P * d + P * hidden + hidden * d + hidden + d) + G
     assert count(m.kernel) == kernel and count(m) == 4 * 64**2 + 4 * 3 * 64 + 64 + kernel
     with torch.device("meta"):
-        cfg = config(model="d12", n_layer=0, n_head=0, n_embd=0, vocab_size=50257, sequence_length=1024,
-                     tie_embeddings=True, pad_vocab=False, pos="rope")
-        assert count(GPT(cfg)) == 123_532_032               # GPT-2 small without biases, gains and positions
+        cfg = config(
+            model="d12",
+            n_layer=0,
+            n_head=0,
+            n_embd=0,
+            vocab_size=50257,
+            sequence_length=1024,
+            tie_embeddings=True,
+            pad_vocab=False,
+            pos="rope",
+        )
+        # GPT-2 small without biases, gains and positions
+        assert count(GPT(cfg)) == 123_532_032
 
 
 def test_roles_of_the_parts():
     m = model(**ALL_ON, pos="learned")
     table = {name: roles(m)[p] for name, p in m.named_parameters()}
-    assert {role for name, role in table.items() if ".kernel." in name} == {"kernel"}     # never Muon, never decayed
+    # never Muon, never decayed
+    assert {role for name, role in table.items() if ".kernel." in name} == {"kernel"}
     assert {role for name, role in table.items() if name.endswith("proj.weight")} == {"proj"}
-    assert table["wte.weight"] == table["positions.weight"] == "embed" and table["head.weight"] == "head"
+    assert (
+        table["wte.weight"] == table["positions.weight"] == "embed"
+        and table["head.weight"] == "head"
+    )
     for name in ("blocks.0.mixer.D", "blocks.0.mixer.short_conv.weight"):
         assert table[name] == "vector"
     for name in ("v_lambda", "x0_lambda", "skip_lambda"):
         assert table[name] == "lambda"
-    assert {table[f"blocks.1.mixer.{w}.weight"] for w in "qkv"} | {table["blocks.1.mlp.fc.weight"]} == {"matrix"}
+    assert {table[f"blocks.1.mixer.{w}.weight"] for w in "qkv"} | {
+        table["blocks.1.mlp.fc.weight"]
+    } == {"matrix"}
 
 
 def test_tied_head_is_the_embedding():
@@ -231,7 +308,8 @@ def test_loss_is_the_cross_entropy_of_the_logits(row, softcap):
 
 # ---------------------------------------------------------------- switches, precision
 
-def output(**knobs):                                        # the same weights, wherever a model has them
+# the same weights, wherever a model has them
+def output(**knobs):
     m = awake(model(**knobs))
     m.load_state_dict(awake(model()).state_dict(), strict=False)
     return m(tokens())
@@ -248,7 +326,9 @@ def test_every_afno_knob_changes_the_output():
         assert apart(small_afno(**knob)(x), small_afno()(x)) > 1e-3
 
 
-@pytest.mark.parametrize("knobs", [*({"mixer": row} for row in MIXERS), dict(mixer="afno", afno_backend="fft"), ALL_ON])
+@pytest.mark.parametrize(
+    "knobs", [*({"mixer": row} for row in MIXERS), dict(mixer="afno", afno_backend="fft"), ALL_ON]
+)
 def test_bfloat16_autocast_is_finite_and_near(knobs):
     m, idx = awake(model(**knobs)), tokens()
     exact = m(idx, idx.roll(1, 1))
@@ -260,7 +340,8 @@ def test_bfloat16_autocast_is_finite_and_near(knobs):
 
 
 @pytest.mark.parametrize("knobs", [dict(mixer="afno"), dict(mixer="gdn", gdn_chunk=5)])
-@torch._functorch.config.patch(backward_pass_autocast="off")                                # as main() has it
+# as main() has it
+@torch._functorch.config.patch(backward_pass_autocast="off")
 def test_compiled_backward_of_fp32_islands_stays_fp32(knobs):
     m, idx, grads = awake(model(**knobs)), tokens(), []
     for forward in (m, torch.compile(m, backend="aot_eager", fullgraph=True)):
@@ -278,13 +359,19 @@ def test_block_adds_its_parts():
             return torch.ones_like(x)
     block, x = Block(config(branch_scale=True), 0), torch.randn(2, 5, 32)
     block.mixer = block.mlp = One()
-    assert torch.allclose(block(x), x + 0.5 + 1.0)          # 1 / sqrt(2 * 2 layers), and the MLP's branch as it is
+    # 1 / sqrt(2 * 2 layers), and the MLP's branch as it is
+    assert torch.allclose(block(x), x + 0.5 + 1.0)
 
 
 @pytest.mark.parametrize("row", MIXERS)
 def test_the_contract_of_a_mixer(row):
     m, x = awake(model(mixer=row)).blocks[0].mixer, torch.randn(3, 5, 32)
-    assert hasattr(m, "step") == hasattr(m, "init_state") and isinstance(m.proj, nn.Linear) and m.flops(16) > 0
+    assert (
+        hasattr(m, "step") == hasattr(m, "init_state")
+        and isinstance(m.proj, nn.Linear)
+        and m.flops(16) > 0
+    )
     assert type(m).__doc__ and m(x).shape == x.shape
-    if hasattr(m, "value"):                                 # v1 is added to the values: their negative silences all
+    # v1 is added to the values: their negative silences all
+    if hasattr(m, "value"):
         assert m(x, -m.value(x)).abs().max() < 1e-5 and m(x).abs().max() > 0.1

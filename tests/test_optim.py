@@ -1,4 +1,6 @@
-"""Newton-Schulz against the SVD, Muon against torch.optim.Muon, the schedule against its definition."""
+"""Newton-Schulz against the SVD, Muon against torch.optim.Muon, the schedule against its
+definition."""
+
 import math
 
 import pytest
@@ -12,17 +14,25 @@ from train_gpt2 import GPT, Config, build_optimizers, set_schedule
 def test_newton_schulz_is_near_the_orthogonal_factor(shape):
     torch.manual_seed(0)
     U, S, Vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-    S = torch.linspace(1e-4, 1e-3, S.size(-1))               # five steps do not lift much smaller shares all the way
+    # five steps do not lift much smaller shares all the way
+    S = torch.linspace(1e-4, 1e-3, S.size(-1))
     D = U.mT @ newton_schulz(U * S @ Vh) @ Vh.mT             # diagonal where the directions stay
     diagonal = D.diagonal(dim1=-2, dim2=-1)
-    assert (D - torch.diag_embed(diagonal)).abs().max() < 1e-3 and 0.6 < diagonal.min() and diagonal.max() < 1.3
+    assert (
+        (D - torch.diag_embed(diagonal)).abs().max() < 1e-3
+        and 0.6 < diagonal.min()
+        and diagonal.max() < 1.3
+    )
     assert newton_schulz(torch.zeros(shape)).abs().max() == 0
 
 
 def test_muon_equals_torch(monkeypatch):
-    """The public implementation works in bf16: patched to ours, the rest of the two must agree to rounding."""
+    """The public implementation works in bf16: patched to ours, the rest of the two must agree to
+    rounding."""
     module = torch.optim._muon
-    monkeypatch.setattr(module, "_zeropower_via_newtonschulz", lambda g, *args, **kwargs: newton_schulz(g))
+    monkeypatch.setattr(
+        module, "_zeropower_via_newtonschulz", lambda g, *args, **kwargs: newton_schulz(g)
+    )
     torch.manual_seed(0)
     shapes = [(24, 16), (16, 24), (24, 24), (16, 24)]
     start = [torch.randn(s) for s in shapes]
@@ -40,7 +50,10 @@ def test_muon_equals_torch(monkeypatch):
 
 
 def test_our_coefficients_are_the_public_ones():
-    assert torch.optim.Muon([torch.zeros(2, 2, requires_grad=True)]).defaults["ns_coefficients"] == NS_COEFFICIENTS
+    assert (
+        torch.optim.Muon([torch.zeros(2, 2, requires_grad=True)]).defaults["ns_coefficients"]
+        == NS_COEFFICIENTS
+    )
 
 
 def test_a_stack_is_its_matrices():
@@ -58,9 +71,24 @@ def test_a_stack_is_its_matrices():
 
 
 def config(**knobs):
-    base = dict(mixer="attn", n_layer=2, n_head=2, n_embd=16, vocab_size=20, sequence_length=8, num_iterations=1000,
-                warmup_iters=100, warmdown_iters=400, optim="muon", muon_learning_rate=0.02, muon_momentum=0.95,
-                muon_momentum_warmup=300, learning_rate=0.004, embed_lr_scale=2.0, head_lr_scale=0.5)
+    base = dict(
+        mixer="attn",
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        vocab_size=20,
+        sequence_length=8,
+        num_iterations=1000,
+        warmup_iters=100,
+        warmdown_iters=400,
+        optim="muon",
+        muon_learning_rate=0.02,
+        muon_momentum=0.95,
+        muon_momentum_warmup=300,
+        learning_rate=0.004,
+        embed_lr_scale=2.0,
+        head_lr_scale=0.5,
+    )
     return Config(**base | knobs)
 
 
@@ -69,8 +97,16 @@ def test_schedule():
     optimizers = build_optimizers(cfg, GPT(cfg))
     groups = [g for opt in optimizers for g in opt.param_groups]
     peaks = [g["lr"] for g in groups]
-    assert {0.02, 0.008, 0.002} <= set(peaks)                # matrices, embedding, head
-    for step, share in [(0, 0.01), (49, 0.5), (99, 1.0), (100, 1.0), (600, 1.0), (800, 0.5), (999, 1 / 400)]:
+    assert {0.02, 0.008, 0.002} <= set(peaks)  # matrices, embedding, head
+    for step, share in [
+        (0, 0.01),
+        (49, 0.5),
+        (99, 1.0),
+        (100, 1.0),
+        (600, 1.0),
+        (800, 0.5),
+        (999, 1 / 400),
+    ]:
         set_schedule(optimizers, step, cfg)
         assert all(math.isclose(g["lr"], share * peak) for g, peak in zip(groups, peaks)), step
     for step, momentum in [(0, 0.85), (150, 0.9), (300, 0.95), (999, 0.95)]:
@@ -83,7 +119,10 @@ def test_schedule_without_ramps():
     optimizers = build_optimizers(cfg, GPT(cfg))
     for step in (0, 999):
         set_schedule(optimizers, step, cfg)
-        assert optimizers[0].param_groups[0]["lr"] == 0.02 and optimizers[0].param_groups[0]["momentum"] == 0.95
+        assert (
+            optimizers[0].param_groups[0]["lr"] == 0.02
+            and optimizers[0].param_groups[0]["momentum"] == 0.95
+        )
 
 
 def test_ramps_by_share():

@@ -1,4 +1,6 @@
-"""The repository itself: it stays small, importing runs nothing, links resolve, four dependencies are enough."""
+"""The repository itself: it stays small, importing runs nothing, links resolve, four dependencies
+are enough."""
+
 import ast
 import hashlib
 import importlib.util
@@ -14,7 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CAPS = {"train_gpt2.py": 1340, "parts.py": 380, "kernels.py": 330}             # lines
 OTHERS = 280
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
-PAGES = [ROOT / "README.md", ROOT / "LOG.md", *(ROOT / "records").glob("**/*.md"), ROOT / "data/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "LOG.md",
+    *(ROOT / "records").glob("**/*.md"),
+    ROOT / "data/README.md",
+]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
@@ -22,24 +29,45 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= CAPS.get(path.name, OTHERS)
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.name)
+def test_lines_are_short(path):
+    assert max(map(len, path.read_text().splitlines())) <= 100
+
+
 def test_importing_runs_nothing(tmp_path):
     code = "import train_gpt2, torch.distributed as dist; assert not dist.is_initialized()"
-    env = os.environ | dict(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", RANK="x", WORLD_SIZE="x")
+    env = os.environ | dict(
+        PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1", RANK="x", WORLD_SIZE="x"
+    )
     command = [sys.executable, "-c", code, "--nonsense"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_four_dependencies():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines} == DEPENDENCIES and len(lines) == 4
-    local = {"tests"} | {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]} | {"data"}
+    assert {
+        re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines
+    } == DEPENDENCIES and len(lines) == 4
+    local = (
+        {"tests"} | {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]} | {"data"}
+    )
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py")]:
-        for node in ast.parse(path.read_text()).body:       # what is optional is imported where it is used
+        # what is optional is imported where it is used
+        for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
                 [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in {name.split(".")[0] for name in names} - local - sys.stdlib_module_names - DEPENDENCIES:
-                assert name == "pytest" and path.name.startswith("test_"), f"{path.name} needs {name}"
+            for name in (
+                {name.split(".")[0] for name in names}
+                - local
+                - sys.stdlib_module_names
+                - DEPENDENCIES
+            ):
+                assert name == "pytest" and path.name.startswith("test_"), (
+                    f"{path.name} needs {name}"
+                )
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("ruff"), reason="ruff is not installed")
@@ -60,7 +88,9 @@ def test_the_table_of_a_record_comes_from_its_logs(folder):
     assert commands
     for command in commands:
         assert Path(command.split()[1]).name == folder.name
-        done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0 and done.stdout.strip() in page, done.stdout + done.stderr
 
 
@@ -95,7 +125,8 @@ def test_no_large_file_is_tracked():
         pytest.skip("not a git checkout")
     for name in filter(None, done.stdout.split("\0")):
         path = ROOT / name
-        assert not path.exists() or path.stat().st_size <= 2_100_000, name               # the embedded training shard
+        # the embedded training shard
+        assert not path.exists() or path.stat().st_size <= 2_100_000, name
 
 
 def test_no_test_module_imports_another():

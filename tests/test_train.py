@@ -1,4 +1,5 @@
-"""Whole runs of main(): losses fall, the log is complete, and the split of a step over processes does not matter.
+"""Whole runs of main(): losses fall, the log is complete, and the split of a step over processes
+does not matter.
 
 The golden curve changes only when the baseline's numbers are meant to: python -m tests.test_train
 """
@@ -17,12 +18,21 @@ from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, 
 from train_gpt2 import MIXERS, OPTIMS, ROOT, Config
 
 GOLDEN = Path(__file__).with_name("golden_attn.txt")
-FINAL = re.compile(r"final val_loss:(\d+\.\d{4}) params:(\d+) tokens:(\d+) train_time:(\d+\.\d)s .*peak_memory:\d+MiB")
+FINAL = re.compile(
+    r"final val_loss:(\d+\.\d{4}) params:(\d+) tokens:(\d+) train_time:(\d+\.\d)s .*peak_memory:\d+MiB"
+)
 
 
 @pytest.mark.parametrize("row", MIXERS)
 def test_loss_falls(shards, tmp_path, row):
-    loss, folder = train(tmp_path, **shards, **knobs_of(row), num_iterations=30, val_loss_every=30, learning_rate=0.01)
+    loss, folder = train(
+        tmp_path,
+        **shards,
+        **knobs_of(row),
+        num_iterations=30,
+        val_loss_every=30,
+        learning_rate=0.01,
+    )
     first, last = steps(folder, "val")
     assert abs(first - math.log(24)) < 1e-3 and last < first - 0.8 and abs(loss - last) < 1e-4
     assert len(steps(folder, "train")) == 30
@@ -31,30 +41,57 @@ def test_loss_falls(shards, tmp_path, row):
 def test_log_is_complete(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
     text = (folder / "log.txt").read_text()
-    parts = "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents machine"
+    parts = (
+        "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents machine"
+    )
     for name in (f"{part}.py" for part in parts.split()):
         assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in text, name
-    config, env = (json.loads(re.search(rf"\n=== {part}\n(.*)\n", text)[1]) for part in ("config", "env"))
-    assert Config(**config) == Config(**TINY | shards | knobs_of("afno"), output_dir=str(tmp_path), vocab_size=24,
-                                      target_val_loss=9.0)
-    assert env["torch"] == torch.__version__ and env["processes"] == 1 and env["command"] == sys.argv
+    config, env = (
+        json.loads(re.search(rf"\n=== {part}\n(.*)\n", text)[1]) for part in ("config", "env")
+    )
+    assert Config(**config) == Config(
+        **TINY | shards | knobs_of("afno"),
+        output_dir=str(tmp_path),
+        vocab_size=24,
+        target_val_loss=9.0,
+    )
+    assert (
+        env["torch"] == torch.__version__ and env["processes"] == 1 and env["command"] == sys.argv
+    )
     assert len(env["shards"]) == 3
     for path, digest in env["shards"].items():
         assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == digest
 
     lines = text.split("\n=== run\n")[1].splitlines()
     parsed = [STEP.fullmatch(line) for line in lines[1:]]
-    assert [m[1] + m[3][0] for m in parsed if m] == ["0v", "1t", "2t", "2v", "3t", "4t", "4v", "5t", "5v"]
+    assert [m[1] + m[3][0] for m in parsed if m] == [
+        "0v",
+        "1t",
+        "2t",
+        "2v",
+        "3t",
+        "4t",
+        "4v",
+        "5t",
+        "5v",
+    ]
     final = FINAL.fullmatch(lines[-1])
-    assert final and float(final[1]) == pytest.approx(loss, abs=1e-4) and int(final[3]) == 5 * 8 * 16
+    assert (
+        final and float(final[1]) == pytest.approx(loss, abs=1e-4) and int(final[3]) == 5 * 8 * 16
+    )
     assert int(final[2]) == sum(p.numel() for p in weights(folder)["model"].values())
-    assert "time_to_9.0:0.0s" in lines[-1] and lines[0].startswith(f"{int(final[2]):,} parameters, afno")
-    assert "val_loss on" not in text.split("\n=== run\n")[1]                            # 400 tokens are not 10 x 112
+    assert "time_to_9.0:0.0s" in lines[-1] and lines[0].startswith(
+        f"{int(final[2]):,} parameters, afno"
+    )
+    # 400 tokens are not 10 x 112
+    assert "val_loss on" not in text.split("\n=== run\n")[1]
 
 
 def test_longer_validation_at_the_end(shards, tmp_path):
     _, folder = train(tmp_path, **shards, num_iterations=1, val_tokens=2 * 16)
-    assert re.search(r"^val_loss on 320 tokens:\d\.\d{4}$", (folder / "log.txt").read_text(), re.MULTILINE)
+    assert re.search(
+        r"^val_loss on 320 tokens:\d\.\d{4}$", (folder / "log.txt").read_text(), re.MULTILINE
+    )
 
 
 def test_two_runs_never_share_a_folder(shards, tmp_path):
@@ -64,21 +101,29 @@ def test_two_runs_never_share_a_folder(shards, tmp_path):
 
 
 def test_same_seed_same_numbers(shards, tmp_path):
-    results = [train(tmp_path / str(i), **shards, seed=seed, zero_init=False) for i, seed in enumerate((1, 1, 2))]
+    results = [
+        train(tmp_path / str(i), **shards, seed=seed, zero_init=False)
+        for i, seed in enumerate((1, 1, 2))
+    ]
     assert results[0][0] == results[1][0] != results[2][0]
 
 
 def test_checkpoint_reproduces_the_loss(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), save_every=2)
-    for batch in (3, 7, 1):                                 # 7 windows: the last batch of 3 is short, and weighs less
+    # 7 windows: the last batch of 3 is short, and weighs less
+    for batch in (3, 7, 1):
         assert checkpoint_loss(folder, batch) == pytest.approx(loss, abs=1e-6)
     assert weights(folder)["step"] == 5 and not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_gradient_accumulation(shards, tmp_path, optim):
-    runs = [train(tmp_path / f"{b}", **shards, optim=optim, batch_size=b, grad_accumulation_steps=8 // b)
-            for b in (8, 4, 1)]
+    runs = [
+        train(
+            tmp_path / f"{b}", **shards, optim=optim, batch_size=b, grad_accumulation_steps=8 // b
+        )
+        for b in (8, 4, 1)
+    ]
     for loss, folder in runs[1:]:
         assert loss == pytest.approx(runs[0][0], abs=1e-5)
         same_run(folder, runs[0][1], 1e-4)
@@ -106,25 +151,66 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
     assert re.fullmatch(r"step \d: the training loss is (nan|inf): .*", str(e.value))
 
 
-# ---------------------------------------------------------------- the attention baseline does not move
+# ---------------- the attention baseline does not move
 
 def golden_curve(out):
-    """Every value that the numbers depend on is written out: a default may change without moving the curve."""
+    """Every value that the numbers depend on is written out: a default may change without moving
+    the curve."""
     cfg = dict(
-        input_bin="data/tinyshakespeare/train.bin", input_val_bin="data/tinyshakespeare/val.bin", seed=0, shuffle=True,
-        sequence_length=64, batch_size=4, grad_accumulation_steps=2, val_tokens=4096, val_loss_every=10,
-        val_batch_size=16, mixer="attn", n_layer=2, n_head=4, n_embd=64, n_kv_head=0, head_norm="qk",
-        short_conv=False, pos="rope", mlp="relu2", mlp_ratio=4.0, zero_init=True, tie_embeddings=False,
-        pad_vocab=True, embed_norm=True, logit_softcap=15.0, value_residual=False, x0_shortcut=False, unet_skips=False,
-        branch_scale=False, optim="muon", muon_learning_rate=0.03, muon_momentum=0.95, muon_momentum_warmup=300,
-        learning_rate=0.003, embed_lr_scale=1.0, head_lr_scale=1.0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95,
-        device="cpu", compile=False, grad_clip=0.0, num_iterations=20, warmup_iters=2, warmdown_iters=10)
+        input_bin="data/tinyshakespeare/train.bin",
+        input_val_bin="data/tinyshakespeare/val.bin",
+        seed=0,
+        shuffle=True,
+        sequence_length=64,
+        batch_size=4,
+        grad_accumulation_steps=2,
+        val_tokens=4096,
+        val_loss_every=10,
+        val_batch_size=16,
+        mixer="attn",
+        n_layer=2,
+        n_head=4,
+        n_embd=64,
+        n_kv_head=0,
+        head_norm="qk",
+        short_conv=False,
+        pos="rope",
+        mlp="relu2",
+        mlp_ratio=4.0,
+        zero_init=True,
+        tie_embeddings=False,
+        pad_vocab=True,
+        embed_norm=True,
+        logit_softcap=15.0,
+        value_residual=False,
+        x0_shortcut=False,
+        unet_skips=False,
+        branch_scale=False,
+        optim="muon",
+        muon_learning_rate=0.03,
+        muon_momentum=0.95,
+        muon_momentum_warmup=300,
+        learning_rate=0.003,
+        embed_lr_scale=1.0,
+        head_lr_scale=1.0,
+        weight_decay=0.01,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        device="cpu",
+        compile=False,
+        grad_clip=0.0,
+        num_iterations=20,
+        warmup_iters=2,
+        warmdown_iters=10,
+    )
     _, folder = train(out, **cfg)
     return [*steps(folder, "train"), *steps(folder, "val")]
 
 
 def test_golden_curve(tmp_path):
-    assert golden_curve(tmp_path) == pytest.approx([float(x) for x in GOLDEN.read_text().split()], rel=2e-3)
+    assert golden_curve(tmp_path) == pytest.approx(
+        [float(x) for x in GOLDEN.read_text().split()], rel=2e-3
+    )
 
 
 if __name__ == "__main__":
