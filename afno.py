@@ -16,7 +16,8 @@ decaying oscillations (poles), and to drop t < 0 makes H satisfy the Kramers-Kro
 
 Kept from AFNO: Fourier operator, weights shared over frequencies, block-diagonal complex MLP,
 soft-shrinkage, hard mode cut. With R = 0 the block is the published operator exactly.
-Added by us: the linear path R phi inside the shrinkage, which is not published.
+Added by us: the linear path R phi inside the shrinkage, which is not published. Shrinkage itself
+does not pay here (records/2026-11-24_small-questions); it is kept as a part of the operator.
 Changed: the block reads frequency features instead of the data, and adaptivity enters by the
 gates q, k, v.
 

@@ -1169,7 +1169,7 @@ def average(model: GPT, loss: Tensor, world: int):
         tensor.copy_(mean.view_as(tensor))
 
 
-def main(cfg: Config) -> float:
+def main(cfg: Config) -> float | None:
     """Train as cfg says and return the final validation loss in nats per token.
 
     Raises SystemExit with one line for anything the user can mend: missing or damaged shards,
@@ -1197,7 +1197,8 @@ def main(cfg: Config) -> float:
         model = new_model(cfg, torch.device("meta"))
         data = batches if vocab == cfg.vocab_size else None
         state_per_weight = OPTIMS[cfg.optim][0].state_per_weight
-        return print(report(cfg, model, roles(model), state_per_weight, device, data))
+        print(report(cfg, model, roles(model), state_per_weight, device, data))
+        return None
 
     # Processes, model, optimizers, log
     if world > 1 and not dist.is_initialized():
@@ -1229,9 +1230,12 @@ def main(cfg: Config) -> float:
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
         # Else the backward of an fp32 island that is compiled under autocast runs in bf16.
         torch._functorch.config.backward_pass_autocast = "off"
+    compiled = cfg.compile
+    if compiled is None:
+        compiled = device.type == "cuda"
     forward = model
     clock = Clock(device)
-    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+    if compiled:
         forward = torch.compile(model)
         warm_up(forward, model, batches, device, autocast)
     compile_time = clock.stop()

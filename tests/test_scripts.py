@@ -1,10 +1,13 @@
 """The run scripts, as a user starts them; scripts rot where nothing runs them."""
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from train_gpt2 import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -171,3 +174,31 @@ def test_fftnet_takes_the_embedded_text_on_any_device(tmp_path):
 def test_a_wrong_flag_is_one_line():
     done = run("run_attn.sh", "--mixer", "fourier")
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1 and "fourier" in done.stderr
+
+
+def parsed(script, *flags):
+    """The Config of the command that a script prints."""
+    line = next(x for x in run(script, *flags, "--estimate").stderr.splitlines() if x[0] == "+")
+    return parse(shlex.split(line)[3:])
+
+
+@pytest.mark.parametrize("kind", ["diff", "diff_v2"])
+def test_differential_attention_has_no_norm_of_queries_and_keys(kind):
+    assert parsed("run_nanoformer.sh", "--mixer", kind).head_norm == "none"
+
+
+def test_ngpt_has_the_official_rate_and_clipping():
+    cfg = parsed("run_nanoformer.sh", "--mixer", "ngpt")
+    assert (cfg.learning_rate, cfg.grad_clip, cfg.warmup_iters) == (0.0015, 1.0, 0)
+    assert cfg.weight_decay == 0
+
+
+@pytest.mark.parametrize("kind, batches", [("gqa", "packed"), ("ngpt", "packed"), ("fan", "packed"),
+                                           ("afno", "padded"), ("gdn,attn", "padded")])
+def test_nanoformer_asks_the_mixers_whether_they_mask(kind, batches):
+    assert parsed("run_nanoformer.sh", "--mixer", kind).batches == batches
+
+
+def test_layernorm_scaling_meets_no_scaled_initialisation():
+    cfg = parsed("run_neollm.sh")
+    assert cfg.norm == "lns" and not cfg.zero_init
