@@ -2,7 +2,9 @@
 
 Letters: B batch, T time, C channels, H heads, D head width.
 """
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -83,8 +85,13 @@ class QKVNorm(nn.Module):
 # What a token sees of the keys, and the kernels that know it: q, k, v (B, H, T, D) -> (B, H, T, D)
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **mask) -> Tensor:
-    grouped = k.size(1) < q.size(1)
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
+    share = q.size(1) // k.size(1)                   # query heads to a head of keys and values
+    if share > 1 and q.is_cuda and q.dtype == torch.float32:
+        # No fused kernel of CUDA's takes grouped keys in fp32: torch would store all scores.
+        k = k.repeat_interleave(share, dim=1)
+        v = v.repeat_interleave(share, dim=1)
+        share = 1
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=share > 1, **mask)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, block_mask) -> Tensor:
@@ -111,22 +118,36 @@ def visible(window: int, docs: Tensor | None):
     return rule
 
 
-def causal_kernel(window: int, docs: Tensor | None, T: int, D: int, device: torch.device):
-    """A function of q, k and v that masks by the rule of `visible`.
+class View(NamedTuple):
+    """What the tokens of a batch see of one another, the same in all layers."""
+    at: slice | Tensor                               # their positions: of all rows, or (B, T)
+    kernel: Callable                                 # q, k, v -> what they take from whom they see
 
-    FlexAttention skips what a mask hides, but only compiled, from D = 16 on, and without a backward
-    on a CPU. Elsewhere the mask is dense.
+
+# Where FlexAttention has a backward.
+FLEX_DEVICES = ("cuda",)
+
+
+def view(window: int, docs: Tensor | None, T: int, D: int, device: torch.device) -> View:
+    """The view of T tokens, where the rule of `visible` masks; docs (B, T) or None.
+
+    FlexAttention skips what a mask hides, but only compiled and from D = 16 on. Elsewhere the mask
+    is dense.
     """
     if not window and docs is None:
-        return partial(sdpa, is_causal=True)
-    rule = visible(window, docs)
-    B = 1 if docs is None else len(docs)
-    if device.type == "cuda" and D >= 16 and torch.compiler.is_compiling():
-        block_mask = create_block_mask(rule, B, None, T, T, device=device)
-        return partial(flex, block_mask=block_mask)
+        return View(slice(T), partial(sdpa, is_causal=True))
     t = torch.arange(T, device=device)
+    at = slice(T)
+    B = 1
+    if docs is not None:
+        at = t - docs
+        B = len(docs)
+    rule = visible(window, docs)
+    if device.type in FLEX_DEVICES and D >= 16 and torch.compiler.is_compiling():
+        block_mask = create_block_mask(rule, B, None, T, T, device=device)
+        return View(at, partial(flex, block_mask=block_mask))
     rows = torch.arange(B, device=device)[:, None, None, None]
-    return partial(sdpa, attn_mask=rule(rows, 0, t[:, None], t))       # (B, 1, T, T)
+    return View(at, partial(sdpa, attn_mask=rule(rows, 0, t[:, None], t)))       # (B, 1, T, T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,7 +158,8 @@ class CausalSelfAttention(nn.Module):
 
     No residual, no input norm. window: how many tokens a token sees, itself counted (0: all).
     docs (B, T): the place in its row where each token's document starts; tokens then see, and count
-    positions in, their own document only. In a step docs is (B,). v1: what is added to the values.
+    positions in, their own document only. In a step docs is (B,). forward takes their view, which a
+    model makes once for all its layers. v1: what is added to the values.
     """
     def __init__(self, dim: int, seq_len: int, *, n_head: int, n_kv_head: int = 0,
                  head_norm=QKNorm, rope: bool = True, short_conv: bool = False, window: int = 0,
@@ -161,6 +183,9 @@ class CausalSelfAttention(nn.Module):
     def masks_documents(self) -> bool:
         """May forward be given docs? A convolution knows no documents."""
         return self.short_conv is None
+
+    def view(self, T: int, docs: Tensor | None, device: torch.device) -> View:
+        return view(self.window, docs, T, self.head_dim, device)
 
     def flops(self, T: int) -> int:
         """Forward FLOPs a token besides the weight matrices: scores and mixing of what it sees."""
@@ -189,17 +214,14 @@ class CausalSelfAttention(nn.Module):
         """-> (B, H, T, D); x is what q, k and v were made from, for variants that need it."""
         return kernel(q, k, v)
 
-    def forward(self, x: Tensor, v1: Tensor | None = None, docs: Tensor | None = None) -> Tensor:
-        T = x.size(1)
+    def forward(self, x: Tensor, v1: Tensor | None = None, view: View | None = None) -> Tensor:
+        if view is None:
+            view = self.view(x.size(1), None, x.device)
         z = self.qkv(x)
-        at = slice(T)
-        if docs is not None:
-            at = torch.arange(T, device=x.device) - docs
         if self.short_conv is not None:
             z = self.short_conv(z)
-        q, k, v = self.heads(z, v1, at)
-        kernel = causal_kernel(self.window, docs, T, self.head_dim, x.device)
-        y = self.attend(x, q, k, v, kernel)
+        q, k, v = self.heads(z, v1, view.at)
+        y = self.attend(x, q, k, v, view.kernel)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def init_state(self, B: int):

@@ -368,6 +368,6 @@ def recompute_high_rank(block, *inputs):
 def narrow_or_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     # The GEMM that q, k and v share is narrowing, too: 3 r <= C.
     narrow = op is torch.ops.aten.mm.default and args[1].size(1) <= args[1].size(0)
-    if narrow or "scaled_dot_product" in str(op):
+    if narrow or "scaled_dot_product" in str(op) or "flex_attention" in str(op):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,6 +1,8 @@
 """Documents: padded, packed and alone they have the same losses; windows and document masks against
 dense masks."""
 
+import math
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import flex, visible
-from documents import Padded, document_token
+from documents import Padded, best_widths, document_token
 from tests.checks import awake
 from train_gpt2 import GPT, MIXERS, Config, Packed, build, main, parse
 
@@ -118,7 +120,7 @@ def test_masks_against_a_dense_mask(window, docs, heads):
         z = (q @ k.mT / 8 ** 0.5).masked_fill(~allowed, -torch.inf)
         return m.proj((z.softmax(-1) @ v).transpose(1, 2).flatten(2))
     x = torch.randn(2, T, 32, dtype=torch.float64, requires_grad=True)
-    ours, theirs = m(x, None, starts if docs else None), dense(x)
+    ours, theirs = m(x, None, m.view(T, starts if docs else None, x.device)), dense(x)
     assert (ours - theirs).abs().max() < 1e-12
     dy, inputs = torch.randn_like(ours), [x, *m.parameters()]
     for a, b in zip(torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(theirs, inputs, dy)):
@@ -160,12 +162,11 @@ def test_an_epoch_of_padded_batches_predicts_every_token_once():
     text, steps, seen = np.concatenate(docs), len(padded.predictions), []
     for step in range(3 * steps):
         (rows, share), = padded.micro_batches(step)[0]
-        assert share == 1 and (rows.size(1) - 1) % 8 == 0 and rows.size(1) <= T + 1
-        assert (rows.size(1) - 1) * len(rows) <= 2 * T      # the budget of tokens
-        counts = (rows[:, 1:] >= 0).sum(1)
-        # no more padding than the multiple of 8 asks for
-        assert rows.size(1) - 1 - counts.max() < 8
-        seen += [tuple(r[r >= 0].tolist()) for r in rows]
+        assert share == 1 and (len(rows), rows.size(1) - 1) in padded.shapes()
+        # no wider than the longest row asks for
+        longest = (rows[:, 1:] >= 0).sum(1).max()
+        assert rows.size(1) - 1 == min(w for w in padded.widths if w >= longest)
+        seen += [tuple(r[r >= 0].tolist()) for r in rows if (r >= 0).any()]
     pieces = len(padded)
     for epoch in range(3):
         mine = seen[epoch * pieces:(epoch + 1) * pieces]
@@ -175,6 +176,33 @@ def test_an_epoch_of_padded_batches_predicts_every_token_once():
         )
     assert seen[:pieces] != seen[pieces:2 * pieces] and padded.documents == len(docs)
     assert padded.first(len(text)) == pieces and padded.targets(padded.first(50)) <= 50
+
+
+@pytest.mark.parametrize("lengths", [(64,), (3, 3, 9), range(1, 65), (1, 9, 9, 17, 30, 41, 64)])
+@pytest.mark.parametrize("widths", [1, 2, 3, 6])
+def test_widths_pad_as_little_as_any_so_many_can(lengths, widths, monkeypatch):
+    monkeypatch.setattr("documents.WIDTHS", widths)
+    lengths = np.array(lengths)
+
+    def padded(chosen):
+        return sum(min(w for w in chosen if w >= n) for n in lengths)
+
+    found = best_widths(lengths, T).tolist()
+    assert found == sorted(found) and len(found) <= widths and found[-1] <= T
+    occurring = sorted({min(T, math.ceil(n / 8) * 8) for n in lengths})
+    n = min(widths, len(occurring)) - 1
+    best = min(padded((*some, occurring[-1])) for some in combinations(occurring[:-1], n))
+    assert padded(found) == best
+
+
+def test_padded_micro_batches_have_few_shapes_within_the_budget():
+    """As many shapes as widths, epoch after epoch: each is compiled once, before the clock."""
+    padded = rows_of(Padded, documents(*range(2, 150)))
+    shapes = {tuple(rows.shape) for step in range(3 * len(padded.predictions))
+              for rows, _ in padded.micro_batches(step)[0]}
+    assert shapes == {(rows, width + 1) for rows, width in padded.shapes()}
+    assert len(shapes) == 6
+    assert all(2 * T - width < rows * width <= 2 * T for rows, width in padded.shapes())
 
 
 def test_processes_share_padded_steps():
