@@ -5,9 +5,11 @@ import resource
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 ROOT = Path(__file__).resolve().parent
 
@@ -31,8 +33,13 @@ PEAK_FLOPS = {
 }
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
-    """--device -> a device. SystemExit with one line where it is not there."""
+def pick_device(name: str, local_rank: int, only_told: bool = False) -> torch.device:
+    """--device -> a device. SystemExit with one line where it is not there.
+
+    only_told: --estimate tells of a CUDA device from any machine.
+    """
+    if only_told and name == "cuda" and not is_available(name):
+        return torch.device(name)
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if is_available(kind))
     if name not in ("cuda", "mps", "cpu") or not is_available(name):
@@ -49,6 +56,32 @@ def is_available(kind: str) -> bool:
     return getattr(torch, kind).is_available()
 
 
+@cache
+def has_bf16(device: torch.device) -> bool:
+    """Does it compute in bf16 faster than in fp32? Of CUDA cards those from Ampere on."""
+    if device.type != "cuda":
+        return False
+    return not is_available("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """--dtype -> what matrices are multiplied in. SystemExit with one line where there is none."""
+    if name == "auto":
+        name = "bf16" if has_bf16(device) else "fp32"
+    if name not in PRECISIONS:
+        raise SystemExit(f"--dtype {name}: choose from auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def graph_breaks() -> list[str]:
+    """Why torch.compile broke a graph in this process, one line a reason; none is as it should be.
+    """
+    return [reason.splitlines()[0] for reason in torch._dynamo.utils.counters["graph_break"]]
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -57,7 +90,9 @@ def device_name(device: torch.device) -> str:
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of a torch device, or None where it is not known."""
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if device.type != "cuda" or not is_available("cuda"):
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def peak_memory(device: torch.device) -> int:

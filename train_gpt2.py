@@ -27,7 +27,6 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
@@ -45,12 +44,13 @@ from afno import AFNO
 from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
-from documents import Padded, document_token
+from documents import Padded, document_token, fill
 from fan import FAN, FANMLP
 from fftnet import FFTNet
 from kernels import linear_cross_entropy, softcap
 from machine import (device_name, device_peak_flops, duration, environment, flops_per_token,
-                     own_sources, peak_memory, pick_device, report)
+                     graph_breaks, has_bf16, own_sources, peak_memory, pick_device, pick_precision,
+                     report)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
@@ -166,6 +166,7 @@ class Config:
     # The run
     seed: int = 0
     device: str = "auto"                             # cuda | cpu | mps
+    dtype: str = "auto"                              # bf16 | fp32; not said: bf16 where CUDA has it
     compile: bool | None = None                      # torch.compile; not said: on CUDA only
     val_tokens: int = 1_048_576                      # first tokens of the validation shards
     val_batch_size: int = 16                         # sequences
@@ -347,10 +348,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
 
-    def forward(self, x: Tensor, v1: Tensor | None = None, *docs: Tensor) -> Tensor:
-        """v1: what is added to the values; docs (B, T): where each token's document starts."""
+    def forward(self, x: Tensor, v1: Tensor | None = None, *view) -> Tensor:
+        """v1: what is added to the values; view: what attention may see, where it is not all."""
         x, h = self.norm.mixer(x)
-        return self.rest(x, self.mixer(h, v1, *docs))
+        return self.rest(x, self.mixer(h, v1, *view))
 
     def step(self, x: Tensor, state, v1: Tensor | None = None, *docs: Tensor):
         """One token, (B, C) and the mixer's state -> (B, C), the next state."""
@@ -454,14 +455,19 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         T = idx.size(1)
-        docs = ()
+        begin = None                                 # where a token's document starts, (B, T)
         at = slice(T)
         if self.mask_documents:
             t = torch.arange(T, device=idx.device)
-            begin = torch.where(idx == self.cfg.document_token, t, 0).cummax(1).values   # (B, T)
-            docs = (begin,)
+            begin = torch.where(idx == self.cfg.document_token, t, 0).cummax(1).values
             at = t - begin
-        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, *docs))
+        # One view for all layers: to make it inside a recomputed block would break the graph.
+        viewers = [hasattr(block.mixer, "view") for block in self.blocks]
+        views = [()] * len(viewers)
+        if self.mask_documents or self.cfg.window:
+            shared = self.blocks[viewers.index(True)].mixer.view(T, begin, idx.device)
+            views = [(shared,) if sees else () for sees in viewers]
+        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, *views[i]))
         if targets is None:
             return self.logits(h)
         return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight),
@@ -549,11 +555,11 @@ NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0; singular values la
 def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
     """(..., m, n) -> about the nearest semi-orthogonal matrices, by a quintic iteration.
 
-    bf16 on CUDA; fp32 elsewhere, since CPUs without bf16 units are up to 65x slower in it.
+    bf16 on CUDA cards that have it; fp32 elsewhere: CPUs without bf16 units are up to 65x slower.
     Source: github.com/KellerJordan/Muon.
     """
     a, b, c = NS_COEFFICIENTS
-    X = G.bfloat16() if G.is_cuda else G.float()
+    X = G.bfloat16() if has_bf16(G.device) else G.float()
     tall = G.size(-2) > G.size(-1)
     if tall:
         X = X.mT
@@ -849,6 +855,15 @@ class Windows:
         return (f"{self.targets(len(self)):,} tokens to predict, {len(self):,} windows in "
                 f"{len(self.shards)} shards")
 
+    @property
+    def widths(self) -> list[int]:
+        """Tokens a row may have."""
+        return [self.cfg.sequence_length]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of all micro-batches: (rows, tokens a row)."""
+        return [(self.micro_batch, self.cfg.sequence_length)]
+
     def first(self, tokens: int) -> int:
         """How many windows hold the first `tokens` targets: at least one, at most all."""
         return min(len(self), max(1, tokens // self.cfg.sequence_length))
@@ -898,6 +913,14 @@ class Packed(Windows):
     mask_documents = True
 
 
+def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, T + 1) -> inputs, targets, each (B, T): a token predicts the next.
+
+    Targets behind the end of a padded document are -1; as inputs they are any token.
+    """
+    return rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+
 def stream(batches, device: torch.device, start: int = 0):
     """Steps, forever: [(inputs, targets, weight of its loss)], targets predicted by all processes.
 
@@ -916,9 +939,7 @@ def stream(batches, device: torch.device, start: int = 0):
             ready = pool.submit(prepare, step)
             micro_batches = []
             for rows, weight in parts:
-                rows = rows.to(device, non_blocking=True)
-                # Targets behind the end of a padded document are -1; as inputs they are any token.
-                micro_batches.append((rows[:, :-1].clamp(min=0), rows[:, 1:], weight))
+                micro_batches.append((*shifted(rows.to(device, non_blocking=True)), weight))
             yield micro_batches, predictions
 
 
@@ -1082,8 +1103,21 @@ class Log:
         self.shown = time.perf_counter()
 
 
+def check_finite(kind: str, loss: float, step: int):
+    if not math.isfinite(loss):
+        raise SystemExit(f"step {step}: the {kind} loss is {loss}, and so is all that would follow:"
+                         " lower the learning rates. Nothing was saved")
+
+
 def save(path: Path, model: GPT, cfg: Config, step: int):
-    """Checkpoint for sampling: weights and config. Renamed when whole: a torn file has no name."""
+    """Checkpoint for sampling: weights and config. Renamed when whole: a torn file has no name.
+
+    Raises SystemExit for weights that are not finite, before anything is written.
+    """
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise SystemExit(f"step {step}: {bad[0]} and {len(bad) - 1} more weights are not finite: "
+                         "lower the learning rates. Nothing was saved")
     torch.save(dict(model=model.state_dict(), config=asdict(cfg), step=step), f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
@@ -1117,10 +1151,9 @@ def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: i
     B = windows.cfg.val_batch_size
     total = torch.zeros((), dtype=torch.float64)
     for first in range(rank * B, n, world * B):
-        rows = torch.from_numpy(windows.read(range(first, min(first + B, n)))).to(device)
-        targets = rows[:, 1:]
-        loss = forward(rows[:, :-1].clamp(min=0), targets)
-        total += loss.cpu().double() * (targets >= 0).sum().cpu()
+        rows = fill(windows.read(range(first, min(first + B, n))), B)
+        inputs, targets = shifted(torch.from_numpy(rows).to(device))
+        total += forward(inputs, targets).cpu().double() * (targets >= 0).sum().cpu()
     if world > 1:
         total = total.to(device)
         dist.all_reduce(total)
@@ -1140,23 +1173,30 @@ def new_model(cfg: Config, device: torch.device) -> GPT:
         raise SystemExit(str(e)) from None
 
 
-def warm_up(forward, model: GPT, batches, device: torch.device, autocast):
-    """Compile forward and backward, without a step, on the shapes of the first eight steps.
+def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast):
+    """-> the model compiled for these shapes (rows, tokens a row), forward and backward.
 
-    Batches of documents have many shapes; the second makes torch compile one graph for all.
+    Nothing compiles later, inside the clock: a shape has a graph of its own in training and in
+    validation. Two passes each, for the first runs in another state of torch's dispatcher, which
+    the loss's inner graph is compiled for, too.
     """
-    shapes = set()
-    steps = stream(batches, device)
-    for _ in range(8):
-        micro_batches, _ = next(steps)
-        for x, y, _ in micro_batches:
-            if x.shape not in shapes and len(shapes) < 2:
+    torch._dynamo.config.recompile_limit = 64        # graphs of one function; else eager from 8 on
+    forward = torch.compile(model, dynamic=False)
+    passes = [(shape, True) for shape in shapes] + [(shape, False) for shape in val_shapes]
+    for (rows, width), training in passes:
+        model.train(training)
+        for _ in range(2):
+            x, y = shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
+            if training:
                 with autocast():
                     loss = forward(x, y)
                 loss.backward()
-            shapes.add(x.shape)
-    steps.close()
+            else:
+                with torch.no_grad():
+                    forward(x, y)
+    model.train()
     model.zero_grad(set_to_none=True)
+    return forward
 
 
 def average(model: GPT, loss: Tensor, world: int):
@@ -1178,7 +1218,9 @@ def main(cfg: Config) -> float | None:
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(cfg.device, local_rank)
+    device = pick_device(cfg.device, local_rank, only_told=cfg.estimate)
+    precision = pick_precision(cfg.dtype, device)
+    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
 
     # Data, and every check of flags and data before any weights
     shards, vocab = open_shards(cfg.input_bin)
@@ -1207,7 +1249,6 @@ def main(cfg: Config) -> float | None:
         torch.cuda.set_device(device)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
-    torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
     table = roles(model)
     optimizers = build_optimizers(cfg, model)
     n_params = sum(p.numel() for p in model.parameters())
@@ -1223,45 +1264,49 @@ def main(cfg: Config) -> float | None:
         f"{cfg.num_iterations:,} steps of {batches.per_step:,} tokens, validated on "
         f"{val_batches.targets(val_n):,} tokens")
 
-    # Precision and compilation, outside the clock
-    autocast = nullcontext
-    if device.type == "cuda":
-        autocast = partial(torch.autocast, "cuda", torch.bfloat16)
+    # Compilation, outside the clock
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
         # Else the backward of an fp32 island that is compiled under autocast runs in bf16.
         torch._functorch.config.backward_pass_autocast = "off"
-    compiled = cfg.compile
-    if compiled is None:
-        compiled = device.type == "cuda"
     forward = model
     clock = Clock(device)
-    if compiled:
-        forward = torch.compile(model)
-        warm_up(forward, model, batches, device, autocast)
+    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+        val_shapes = [(cfg.val_batch_size, int(width)) for width in val_batches.widths]
+        forward = compiled(model, batches.shapes(), val_shapes, device, autocast)
+        for reason in graph_breaks():
+            say(f"note: not compiled as a whole: {reason}")
     compile_time = clock.stop()
+    torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
 
     steps = stream(batches, device)
     clock = Clock(device)
     reached = None                                   # seconds until target_val_loss
     tokens = 0
+    losses = torch.zeros((), device=device)          # their sum: never finite again once one is not
     for step in range(cfg.num_iterations + 1):
         last = step == cfg.num_iterations
 
-        # Validate and save
-        if last or cfg.val_loss_every and step % cfg.val_loss_every == 0:
+        # Validate and save, outside the clock
+        validates = last or cfg.val_loss_every and step % cfg.val_loss_every == 0
+        saves = last or cfg.save_every and step and step % cfg.save_every == 0
+        if validates or saves:
             seconds = clock.stop()
+            check_finite("training", float(losses), step)
+        if validates:
             model.eval()
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
             say(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} "
                 f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(1, step):.2f}ms")
+            check_finite("validation", val_loss, step)
             if reached is None and val_loss <= cfg.target_val_loss:
                 reached = seconds
-            clock.start()
-        if log and (last or cfg.save_every and step and step % cfg.save_every == 0):
+        if log and saves:
             save(log.dir / "model.pt", model, cfg, step)
         if last:
             break
+        if validates or saves:
+            clock.start()
 
         # One training step
         set_schedule(optimizers, step, cfg)
@@ -1275,6 +1320,7 @@ def main(cfg: Config) -> float | None:
             train_loss += loss.detach()
         if world > 1:
             average(model, train_loss, world)
+        losses += train_loss
         clip_gradients(table, cfg)
         for opt in optimizers:
             opt.step()
@@ -1286,10 +1332,9 @@ def main(cfg: Config) -> float | None:
         if logged or log and log.wants_progress():
             seconds = clock.stop()
             train_loss = float(train_loss)
+            if logged:
+                check_finite("training", float(losses), step + 1)
             clock.start()
-            if logged and not math.isfinite(train_loss):
-                raise SystemExit(f"step {step + 1}: the training loss is {train_loss}: "
-                                 "lower the learning rates")
             rate = tokens / seconds
             text = (f"step:{step + 1}/{cfg.num_iterations} train_loss:{train_loss:.4f} "
                     f"train_time:{1e3 * seconds:.0f}ms "

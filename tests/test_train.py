@@ -8,14 +8,16 @@ import json
 import math
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import train_gpt2
 from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, torchrun, train,
                         weights)
-from train_gpt2 import MIXERS, OPTIMS, ROOT, Config
+from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config
 
 GOLDEN = Path(__file__).with_name("golden_attn.txt")
 FINAL = re.compile(
@@ -145,10 +147,55 @@ def test_clipped_gradients_move_little(shards, tmp_path):
     assert loss == pytest.approx(math.log(24), abs=1e-3)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path):
+DIVERGES = dict(learning_rate=1e38, optim="adamw", logit_softcap=0.0)
+
+
+@pytest.mark.parametrize("train_loss_every", [1, 25])
+def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path, train_loss_every):
+    """Also where no step of it is logged; and no file is overwritten by what followed."""
     with pytest.raises(SystemExit) as e:
-        train(tmp_path, **shards, learning_rate=1e38, optim="adamw", logit_softcap=0.0)
-    assert re.fullmatch(r"step \d: the training loss is (nan|inf): .*", str(e.value))
+        train(tmp_path, **shards, **DIVERGES, train_loss_every=train_loss_every, val_loss_every=0,
+              save_every=1)
+    assert re.fullmatch(r"step \d: (the training loss is|\S+ and \d+ more weights are not) .*",
+                        str(e.value))
+    for path in tmp_path.glob("*/model.pt"):
+        assert all(p.isfinite().all() for p in weights(path.parent)["model"].values())
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_gpt2.evaluate", lambda *args: math.nan)
+    with pytest.raises(SystemExit, match="step 0: the validation loss is nan"):
+        train(tmp_path, **shards)
+    assert not list(tmp_path.glob("*/model.pt"))
+
+
+def test_one_bad_loss_between_logged_steps_is_seen(shards, tmp_path, monkeypatch):
+    """The loss of step 2 is NaN, that of later ones is not: the sum of all tells."""
+    forward = GPT.forward
+    calls = []
+
+    def once_bad(self, idx, targets=None):
+        calls.append(self.training)
+        return forward(self, idx, targets) * (math.nan if sum(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(GPT, "forward", once_bad)
+    monkeypatch.setattr("torch.optim.AdamW.step", lambda self: None)
+    with pytest.raises(SystemExit, match="step 5: the training loss is nan"):
+        train(tmp_path, **shards, train_loss_every=25, val_loss_every=0)
+    assert not list(tmp_path.glob("*/model.pt"))
+
+
+def test_the_clock_stands_still_while_a_checkpoint_is_saved(shards, tmp_path, monkeypatch):
+    save = train_gpt2.save
+
+    def slow(*args):
+        time.sleep(0.5)
+        save(*args)
+
+    monkeypatch.setattr("train_gpt2.save", slow)
+    _, folder = train(tmp_path, **shards, save_every=1)
+    seconds = FINAL.search((folder / "log.txt").read_text())[4]
+    assert float(seconds) < 1.0                             # of the five savings' 2.5
 
 
 # ---------------- the attention baseline does not move
