@@ -129,17 +129,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dh.to(ctx.dtype) * dloss, dW * dloss, None, None, None, None, None
 
 
+def default_chunk(rows: int) -> int:
+    """Rows of logits that live at a time: about 2^27 logits, 256 MiB in bf16."""
+    return max(1, 2**20 // rows) * 128
+
+
 def linear_cross_entropy(h: Tensor, W: Tensor, y: Tensor, cap: float = 0.0,
                          vocab: int | None = None, chunk: int | None = None) -> Tensor:
     """Mean cross-entropy in nats of logits softcap(h W^T): h (M, C), W (rows, C), y (M,) -> scalar.
 
     The result is fp32 or wider. Targets below 0 are ignored: the mean is over the others, as in
-    F.cross_entropy(ignore_index=-1). `chunk` rows of logits live at a time (default: about 2^27
-    logits, 512 MiB in fp32).
+    F.cross_entropy(ignore_index=-1). `chunk` rows of logits live at a time.
     """
     rows = W.size(0)
     if chunk is None:
-        chunk = max(1, 2**20 // rows) * 128
+        chunk = default_chunk(rows)
     gradients = torch.is_grad_enabled() and (h.requires_grad or W.requires_grad)
     return LinearCrossEntropy.apply(h, W, y, cap, vocab or rows, chunk, gradients)
 

@@ -5,11 +5,15 @@ import resource
 import subprocess
 import sys
 import time
+import weakref
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent
 
@@ -133,22 +137,68 @@ def matmul_flops(n: int = 1024, tries: int = 5) -> float:
     return best
 
 
-def memory_estimate(cfg, count, state_per_weight, device: torch.device) -> str:
-    """About how much training takes, MiB. count: {role: weights}."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operations return and something still holds: now, and at most.
+
+    Under FakeTensorMode nothing is computed or allocated, but autograd holds what it would hold.
+    What `module` owns is not counted.
+    """
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        owned = [*module.parameters(), *module.buffers()]
+        self.known = {tensor.untyped_storage()._cdata for tensor in owned}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor.untyped_storage())
+        return result
+
+    def hold(self, storage):
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.forget, key, storage.nbytes())
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype):
+    """-> bytes that a forward pass leaves behind for backward, bytes in use at its peak.
+
+    make_model() -> GPT; shape: rows and tokens a row of a micro-batch. Uncompiled, on fake tensors:
+    torch.compile leaves less behind, since it fuses and recomputes.
+    """
+    with FakeTensorMode():
+        model = make_model()
+        idx = torch.zeros(shape, dtype=torch.long)
+        live = LiveBytes(model)
+        half = torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16)
+        with half, live:
+            loss = model(idx, idx)
+        kept = live.now
+        del loss
+    return kept, live.most
+
+
+def memory_estimate(count, state_per_weight, kept: int, logits: int) -> str:
+    """About how much training takes, MiB. count: {role: weights}; kept, logits: bytes."""
     params = sum(count.values())
     matrices = count.get("matrix", 0) + count.get("proj", 0)
     per_matrix, per_other = state_per_weight
-    numbers = 2 * params                                     # weights and gradients
-    numbers += per_matrix * matrices + per_other * (params - matrices)
-    state = 4 * numbers
-    tokens = cfg.batch_size * cfg.sequence_length
-    width = 2 if device.type == "cuda" else 4                # bytes of an activation
-    kept = 16 if cfg.recompute == "none" else 2              # of width C a layer, about
-    activations = tokens * cfg.n_layer * cfg.n_embd * width * kept
-    logits = 3 * 4 * min(2**27, tokens * cfg.vocab_size)
-    total = state + activations + logits
-    return (f"about {total / 2**20:,.0f} MiB (state {state / 2**20:,.0f}, activations "
-            f"{activations / 2**20:,.0f}, logits {logits / 2**20:,.0f})")
+    optimizer = per_matrix * matrices + per_other * (params - matrices)
+    parts = {"weights and gradients": 8 * params, "optimizer": 4 * optimizer,
+             "activations": kept, "logits": logits}
+    text = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    return f"about {sum(parts.values()) / 2**20:,.0f} MiB ({text})"
 
 
 def time_estimates(flops: float, device: torch.device) -> list[str]:
@@ -165,15 +215,21 @@ def time_estimates(flops: float, device: torch.device) -> list[str]:
             if flops > rate]
 
 
-def report(cfg, model, roles, state_per_weight, device: torch.device, data=None) -> str:
-    """The text of --estimate. The model may live on the meta device: nothing is allocated.
-
-    state_per_weight: fp32 numbers the optimizer keeps a weight of a matrix and of another; data: an
-    object of BATCHES, whose steps may be smaller than they could be.
-    """
+def count_roles(roles) -> dict[str, int]:
+    """{parameter: role} -> {role: weights}"""
     count = {}
     for p, role in roles.items():
         count[role] = count.get(role, 0) + p.numel()
+    return count
+
+
+def report(cfg, model, roles, memory: str, device: torch.device, data=None) -> str:
+    """The text of --estimate. The model may live on the meta device: nothing is allocated.
+
+    memory: what memory_estimate says; data: an object of BATCHES, whose steps may be smaller than
+    they could be.
+    """
+    count = count_roles(roles)
     by_role = ", ".join(f"{role} {count[role]:,}" for role in sorted(count))
     step = data.per_step if data else cfg.tokens_per_step
     tokens = step * cfg.num_iterations
@@ -192,7 +248,7 @@ def report(cfg, model, roles, state_per_weight, device: torch.device, data=None)
         epochs = tokens / data.targets(len(data))
         lines.append(("data", f"{data}: {epochs:.2f} epochs"))
     lines.append(("FLOPs a token", f"{flops:,} (training: forward and backward)"))
-    lines.append(("memory", memory_estimate(cfg, count, state_per_weight, device)))
+    lines.append(("memory", memory))
     lines += [("time", text) for text in time_estimates(flops * tokens, device)]
     return "\n".join(f"{key:14} {text}" for key, text in lines)
 

@@ -47,10 +47,10 @@ from diff import DiffAttention, DiffAttentionV2
 from documents import Padded, document_token, fill
 from fan import FAN, FANMLP
 from fftnet import FFTNet
-from kernels import linear_cross_entropy, softcap
-from machine import (device_name, device_peak_flops, duration, environment, flops_per_token,
-                     graph_breaks, has_bf16, own_sources, peak_memory, pick_device, pick_precision,
-                     report)
+from kernels import default_chunk, linear_cross_entropy, softcap
+from machine import (count_activations, count_roles, device_name, device_peak_flops, duration,
+                     environment, flops_per_token, graph_breaks, has_bf16, memory_estimate,
+                     own_sources, peak_memory, pick_device, pick_precision, report)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
@@ -1173,6 +1173,27 @@ def new_model(cfg: Config, device: torch.device) -> GPT:
         raise SystemExit(str(e)) from None
 
 
+def compiles(cfg: Config, device: torch.device) -> bool:
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
+
+
+def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) -> str:
+    """The text of --estimate; `vocab` is that of the shards. Nothing is computed or allocated."""
+    model = new_model(cfg, torch.device("meta"))
+    table = roles(model)
+    rows, width = max(batches.shapes(), key=math.prod)
+    kept, peak = count_activations(partial(GPT, cfg), (rows, width), precision)
+    logits = peak - kept
+    if compiles(cfg, device):
+        # Those of a chunk and their gradient, in the dtype of the GEMM (kernels.py).
+        chunk = min(rows * width, default_chunk(cfg.vocab_rows))
+        logits = 2 * chunk * cfg.vocab_rows * precision.itemsize
+    state_per_weight = OPTIMS[cfg.optim][0].state_per_weight
+    memory = memory_estimate(count_roles(table), state_per_weight, kept, logits)
+    data = batches if vocab == cfg.vocab_size else None
+    return report(cfg, model, table, memory, device, data)
+
+
 def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast):
     """-> the model compiled for these shapes (rows, tokens a row), forward and backward.
 
@@ -1236,10 +1257,7 @@ def main(cfg: Config) -> float | None:
     val_batches = make_batches(val_shards, cfg, shuffle=False)
     val_n = val_batches.first(cfg.val_tokens)
     if cfg.estimate:
-        model = new_model(cfg, torch.device("meta"))
-        data = batches if vocab == cfg.vocab_size else None
-        state_per_weight = OPTIMS[cfg.optim][0].state_per_weight
-        print(report(cfg, model, roles(model), state_per_weight, device, data))
+        print(estimate(cfg, batches, vocab, device, precision))
         return None
 
     # Processes, model, optimizers, log
@@ -1270,7 +1288,7 @@ def main(cfg: Config) -> float | None:
         torch._functorch.config.backward_pass_autocast = "off"
     forward = model
     clock = Clock(device)
-    if device.type == "cuda" if cfg.compile is None else cfg.compile:
+    if compiles(cfg, device):
         val_shapes = [(cfg.val_batch_size, int(width)) for width in val_batches.widths]
         forward = compiled(model, batches.shapes(), val_shapes, device, autocast)
         for reason in graph_breaks():

@@ -71,3 +71,20 @@ def checkpoint_loss(folder, batch=3):
     model.load_state_dict(saved["model"])
     windows = Windows(open_shards(cfg.input_val_bin)[0], cfg)
     return evaluate(model, windows, 7, torch.device("cpu"), 0, 1)
+
+
+RECIPES = ("run_afno.sh", "run_attn.sh", "run_fan.sh", "run_neollm.sh", "run_fftnet.sh",
+           "run_nanoformer.sh", "run_nanoformer.sh diff", "run_nanoformer.sh diff_v2",
+           "run_nanoformer.sh ngpt")
+
+
+def recipe(name, kind="EMBEDDED"):
+    """"SCRIPT [--mixer of it]" -> the flags in the script's RACE or EMBEDDED, without running it."""
+    script, *mixer = name.split()
+    read = f"""
+        python={sys.executable}
+        source() {{ [[ $1 == */run_race.sh ]] && printf '%s\\n' "${{{kind}[@]}}"; :; }}
+        . ./{script} {"--mixer" if mixer else ""} {"".join(mixer)}
+    """
+    done = subprocess.run(["bash", "-c", read], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()
