@@ -1,8 +1,8 @@
 """spectral-nanogpt: train GPT-2 on one GPU, with or without attention.
 
-This file is the whole trainer: Config, model, optimizers, data, log and loop. A sequence mixer is a
-sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py the
-hand-written backward passes.
+This file is the whole trainer: Config, model, optimizers, batches, log and loop. A sequence mixer
+is a sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py the
+hand-written backward passes, shards.py what opens token files.
 Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (one GPU).
 
     python train_gpt2.py                                  # the embedded run: any machine, minutes
@@ -15,14 +15,9 @@ To experiment, edit Config and the dicts under "The axes", or write a sibling fi
 Letters: B batch, T time, C channels, H heads, D head width, V vocabulary, L layers. Losses are in
 nats per token.
 """
-import argparse
-import difflib
-import glob
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -49,14 +44,16 @@ from diff import DiffAttention, DiffAttentionV2
 from documents import Padded, document_token
 from fan import FAN, FANMLP
 from fftnet import FFTNet
+from flags import choices, make_parser
 from kernels import linear_cross_entropy, softcap
-from machine import (checksum, device_name, device_peak_flops, duration, environment,
-                     flops_per_token, own_sources, peak_memory, pick_device, report)
+from machine import (device_name, device_peak_flops, duration, environment, flops_per_token,
+                     own_sources, peak_memory, pick_device, report)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
                    PrePostNorm, ReLU2, SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm,
                    recompute_block, recompute_high_rank)
+from shards import open_data
 
 ROOT = Path(__file__).resolve().parent
 
@@ -363,78 +360,13 @@ OFF_AT_ZERO = ("logit_softcap",)
 LARGEST_STEP = 2**30
 
 
-def near(word: str, names) -> str:
-    """"did you mean NAME? " where one of the names resembles the word, else nothing."""
-    found = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean {found[0]}? " if found else ""
-
-
-def choices(word: str, names) -> str:
-    return f"{near(word, names)}choose from {', '.join(names)}"
-
-
 SYNONYMS = {"fan_ratio": ["--p"]}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line: without the list of all flags before it."""
-    def error(self, message):
-        raise SystemExit(f"{self.prog}: error: {message} (--help lists the flags)")
-
-
-def help_text(name: str, text: str, default) -> str:
-    """A field's comment, the rows of an axis, the rows that read a knob, and the default."""
-    notes = []
-    for axis, rows in KNOBS.get(name, {}).items():
-        if len(rows) < len(AXES[axis]):
-            notes.append(f"for --{axis} {', '.join(rows)}")
-    if default not in ("", None):
-        notes.append(f"default: {default}")
-    names = AXES.get(name) or (MODELS if name == "model" else ())
-    text = ": ".join(part for part in (text, ", ".join(names)) if part)
-    if notes:
-        text += f" ({'; '.join(notes)})"
-    return text.strip().replace("%", "%%")
-
-
-def make_parser() -> Parser:
-    """A flag a field of Config, under the headings that Config's comments give."""
-    parser = Parser(
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ...]",
-        description="Train a GPT-2-class model with the mixer you choose. Flags are the fields of "
-                    "Config.")
-    known = {f.name: f for f in fields(Config)}
-    group = parser
-    for line in inspect.getsource(Config).splitlines():
-        heading = re.match(r"    # ([A-Z][A-Za-z ]*)(\.|$)", line)
-        field = re.match(r"    (\w+): [^#]*(?:# (.*))?$", line)
-        if heading:
-            group = parser.add_argument_group(heading[1])
-        elif field and field[1] in known:
-            f = known[field[1]]
-            if f.type in (bool, bool | None):
-                kind = dict(action=argparse.BooleanOptionalAction)
-            else:
-                kind = dict(type=f.type, metavar={int: "N", float: "X", str: "WORD"}[f.type])
-            group.add_argument("--" + f.name, *SYNONYMS.get(f.name, []),
-                               help=help_text(f.name, field[2] or "", f.default), **kind)
-    return parser
 
 
 def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config. What is wrong with it is one line on stderr and exit code 1."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser()
-    for word in argv:
-        # argparse takes this for no value at all.
-        if word.endswith("=--"):
-            parser.error(f"{word}: -- is no value")
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].split("=")[0]
-        hint = near(word, parser._option_string_actions).strip()
-        parser.error(f"unrecognized argument {unknown[0]}" + (hint and f": {hint}"))
-    typed = vars(typed)
+    parser = make_parser(Config, AXES | {"model": MODELS}, KNOBS, SYNONYMS)
+    typed = parser.typed(sys.argv[1:] if argv is None else argv)
     try:
         cfg = Config(**typed)
     except ValueError as e:
@@ -916,144 +848,7 @@ def ramp_notes(cfg: Config) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: shards are 256 little-endian int32 (magic, version, tokens, vocabulary), then the tokens.
-# The format is llm.c's, plus the vocabulary in word 3, where the public FineWeb shards have 0.
-# data/text.py writes it.
-
-HEADER = 256
-FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}         # magic: (version, type)
-GPT2_VOCAB = 50257
-
-
-def open_shard(path: str):
-    """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line."""
-    def refuse(why):
-        raise SystemExit(f"{path}: {why}")
-
-    if os.path.isdir(path):
-        refuse("is a folder, not a shard: name a folder of shards by --data")
-    if not os.path.isfile(path):
-        refuse("no such file")
-    if not os.access(path, os.R_OK):
-        refuse("may not be read")
-    size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=HEADER)
-    if len(header) < HEADER or header[0] not in FORMATS:
-        refuse("not a token shard (make one with data/text.py)")
-    version, dtype = FORMATS[header[0]]
-    if header[1] != version:
-        refuse(f"shard version {header[1]}, this code reads {version}")
-    n = int(header[2])
-    vocab = int(header[3]) or GPT2_VOCAB
-    promised = 4 * HEADER + n * np.dtype(dtype).itemsize
-    if n < 1 or size != promised:
-        refuse(f"the header promises {n:,} tokens in {promised:,} bytes, the file has {size:,}: "
-               "truncated or damaged, fetch it again")
-    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
-                       shape=(n,))
-    # In parts, so that the check needs no memory for the whole shard.
-    largest = max(int(part.max()) for part in np.array_split(tokens, math.ceil(n / 2**24)))
-    if largest >= vocab:
-        refuse(f"token {largest} is outside the vocabulary of {vocab}")
-    return tokens, vocab
-
-
-def open_shards(pattern: str):
-    """Glob -> ({path: tokens}, vocabulary size); all shards must have the same vocabulary.
-
-    A relative pattern is tried from the working directory, then from the repository.
-    """
-    paths = sorted(glob.glob(pattern)) or sorted(glob.glob(str(ROOT / pattern)))
-    if not paths:
-        raise SystemExit(f"no shard matches {pattern!r}: fetch FineWeb with data/fineweb.py, or "
-                         "make some with data/text.py")
-    return open_all(paths, pattern)
-
-
-def open_all(paths, name: str):
-    """Paths -> ({path: tokens}, their one vocabulary); `name` is what an error calls them all."""
-    shards = {}
-    vocabs = set()
-    for path in paths:
-        shards[path], vocab = open_shard(path)
-        vocabs.add(vocab)
-    if len(vocabs) > 1:
-        raise SystemExit(f"{name}: shards of different vocabularies: {sorted(vocabs)}")
-    return shards, vocabs.pop()
-
-
-# train.bin, x_train.bin, x_train_000001.bin; "valhalla_train.bin" is for training.
-SHARD_NAME = re.compile(r"(?:.*[^A-Za-z])?(train|val)(?:[_-]?\d+)?\.bin")
-
-
-def shards_in(name: str):
-    """--data -> paths of the training shards, of the validation shards. SystemExit with one line.
-
-    A relative folder is tried from the working directory, then from the repository.
-    """
-    folder = next((path for path in (Path(name), ROOT / name) if path.is_dir()), None)
-    if folder is None:
-        raise SystemExit(f"--data {name}: no such folder (single files: --input_bin and "
-                         "--input_val_bin)")
-    paths = {"train": [], "val": []}
-    try:
-        for path in sorted(folder.iterdir()):
-            if match := SHARD_NAME.fullmatch(path.name):
-                paths[match[1]].append(str(path))
-    except OSError as e:
-        raise SystemExit(f"--data {name}: cannot be read ({e.strerror})") from None
-    for kind, found in paths.items():
-        if not found:
-            raise SystemExit(f"--data {name}: no shard there is called *{kind}.bin or "
-                             f"*{kind}_000001.bin: make both kinds with data/text.py, or name "
-                             "files by --input_bin and --input_val_bin")
-    return paths["train"], paths["val"]
-
-
-def open_data(cfg: Config):
-    """-> training shards, validation shards, each {path: tokens}; their vocabulary.
-
-    SystemExit with one line where they have two vocabularies, or share a shard.
-    """
-    if cfg.input_bin:
-        shards, vocab = open_shards(cfg.input_bin)
-        val_shards, val_vocab = open_shards(cfg.input_val_bin)
-    else:
-        train, val = shards_in(cfg.data)
-        shards, vocab = open_all(train, f"--data {cfg.data}")
-        val_shards, val_vocab = open_all(val, f"--data {cfg.data}")
-    if vocab != val_vocab:
-        raise SystemExit(f"{next(iter(shards))} has a vocabulary of {vocab}, "
-                         f"{next(iter(val_shards))} of {val_vocab}: make both with one tokenizer")
-    if vocab > (cfg.vocab_size or vocab):
-        raise SystemExit(f"--vocab_size {cfg.vocab_size} is less than the shards' {vocab}: drop it")
-    refuse_twice([*shards, *val_shards], set(val_shards))
-    return shards, val_shards, vocab
-
-
-def refuse_twice(paths, validation):
-    """SystemExit where two paths hold the same shard; `validation`: those of them to score on.
-
-    Checksums are of shards with the same size and first 64 KiB only: all of FineWeb's have one
-    size, and 100 of them are 20 GB.
-    """
-    alike = defaultdict(list)
-    for path in paths:
-        with open(path, "rb") as f:
-            alike[os.path.getsize(path), f.read(2**16)].append(path)
-    for group in alike.values():
-        seen = {}
-        for path in group if len(group) > 1 else ():
-            digest = checksum(path)
-            other = seen.get(digest)
-            seen[digest] = path
-            if other is None:
-                continue
-            why = "a shard is there twice: remove one"
-            if (other in validation) != (path in validation):
-                why = "the model would be scored on text it has seen: validate on another shard"
-            raise SystemExit(f"{other} and {path} are the same: {why}")
-
+# Batches: which tokens a step reads. Shards: shards.py; whole documents: documents.py.
 
 class Windows:
     """Windows of T tokens and one more, each once an epoch: in file order, or shuffled.

@@ -13,8 +13,7 @@ from train_gpt2 import GPT, ROOT, Config, Windows, evaluate, main, open_shards
 TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=8, val_batch_size=3,
             val_tokens=7 * 16, num_iterations=5, warmup_iters=0, warmdown_iters=0,
             train_loss_every=1, val_loss_every=2, mixer="attn", optim="adamw", learning_rate=0.003,
-            embed_lr_scale=1.0, head_lr_scale=1.0, kernel_lr_scale=1.0, zero_init=True,
-            device="cpu", compile=False)
+            embed_lr_scale=1.0, head_lr_scale=1.0, zero_init=True, device="cpu", compile=False)
 STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms "
                   r"step_avg:(\d+\.\d\d)ms( tok/s:\d+)?( mfu:0\.\d+)?")
 

@@ -30,8 +30,8 @@ BASELINE = dict(
     target_val_loss=3.3821, seed=0, compile=None,
 )
 # What no number of the baseline depends on: paths, machine, parts that are not in use.
-FREE = {"input_bin", "input_val_bin", "output_dir", "model", "device", "estimate", "save_every",
-        "train_loss_every", "val_batch_size", "document_token", "gpas_clip", "cola_rank",
+FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "model", "device",
+        "estimate", "save_every", "train_loss_every", "val_batch_size", "document_token", "gpas_clip", "cola_rank",
         "kernel_lr_scale", "lambda_lr_scale"}
 UNUSED = ("afno_", "fan_", "gdn_", "fftnet_", "muon_", "ademamix_", "soap_")
 

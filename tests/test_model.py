@@ -23,7 +23,7 @@ PLAIN = dict(
     sequence_length=16,
     mixer="attn",
     mlp="gelu",
-    pos="none",
+    pos="rope",
     zero_init=True,
     tie_embeddings=False,
     pad_vocab=True,
@@ -45,7 +45,7 @@ SWITCHES = [
     dict(head_norm="none"),
     dict(short_conv=True),
     dict(mlp="relu2"),
-    *(dict(pos=row) for row in POSITIONS if row != "none"),
+    *(dict(pos=row) for row in POSITIONS if row != "rope"),
 ]
 ALL_ON = dict(
     mixer="afno,attn",
