@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+from shards import open_shards
 from tests.checks import small
-from train_gpt2 import GPT, ROOT, Config, Windows, evaluate, main, open_shards
+from train_gpt2 import GPT, ROOT, Config, Windows, evaluate, main
 
 TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=8, val_batch_size=3,
             val_tokens=7 * 16, num_iterations=5, warmup_iters=0, warmdown_iters=0,

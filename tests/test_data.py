@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import Windows, open_shard, open_shards, stream
+from shards import open_shard, open_shards
+from train_gpt2 import Windows, stream
 
 
 def write(path, tokens, magic=20240520, version=1, vocab=50, count=None, dtype="<u2", extra=b""):
