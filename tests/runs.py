@@ -32,7 +32,10 @@ def train(out, **knobs):
 def torchrun(n, out, **knobs):
     """The same by n processes -> the run's folder."""
     flags = []
+    read = Config(**TINY | knobs).fields_read()
     for name, value in (TINY | dict(output_dir=out) | knobs).items():
+        if name == "n_head" and name not in read:
+            continue                         # refused where it is typed
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
