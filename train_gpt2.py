@@ -816,6 +816,7 @@ def set_schedule(optimizers, step: int, cfg: Config):
 
 
 def muon_momentum(step: int, cfg: Config) -> float:
+    """Muon's momentum at a step: it grows from 0.85 over muon_momentum_warmup steps."""
     low = min(0.85, cfg.muon_momentum)
     warm = 1.0
     if step < cfg.muon_momentum_warmup:
@@ -828,7 +829,7 @@ def ademamix_alpha(step: int, cfg: Config) -> float:
     return cfg.ademamix_alpha * min(1.0, (step + 1) / (cfg.ademamix_warmup or cfg.num_iterations))
 
 
-# {field, steps of a ramp: (what grows, the field it grows to, its value at a step)}
+# {field, the steps of a ramp: (what grows, the field it grows to, its value at a step)}
 RAMPS = {
     "muon_momentum_warmup": ("Muon's momentum", "muon_momentum", muon_momentum),
     "ademamix_warmup": ("AdEMAMix's alpha", "ademamix_alpha", ademamix_alpha),
@@ -841,9 +842,11 @@ def ramp_notes(cfg: Config) -> list[str]:
     for name, (what, target, value) in RAMPS.items():
         steps = getattr(cfg, name)
         if name in cfg.fields_read() and steps > cfg.num_iterations:
-            end = value(cfg.num_iterations - 1, cfg)
-            lines.append(f"note: {what} ends at {end:.3g}, not {getattr(cfg, target):g}: its "
-                         f"warm-up of {steps:,} steps is longer than the run")
+            end = f"{value(cfg.num_iterations - 1, cfg):.3g}"
+            goal = f"{getattr(cfg, target):.3g}"
+            if end != goal:
+                lines.append(f"note: {what} ends at {end}, not {goal}: its warm-up of {steps:,} "
+                             "steps is longer than the run")
     return lines
 
 

@@ -375,7 +375,7 @@ def estimate(held_out, stream, args):
 class ShardWriter:
     """A stream of tokens -> STEM_000001.bin and so on, each of `shard_tokens` tokens."""
     def __init__(self, stem, number, vocab_size, shard_tokens):
-        from train_gpt2 import FORMATS
+        from shards import FORMATS
         self.dtype = np.uint16 if vocab_size <= 65535 else np.uint32
         self.magic, self.version = next(
             (m, v) for m, (v, dtype) in FORMATS.items() if dtype == self.dtype

@@ -137,6 +137,7 @@ def test_odd_numbers_make_a_model_or_one_line(axis, row):
          "the run"),
         (dict(num_iterations=300), None),
         (dict(num_iterations=20, muon_momentum_warmup=0), None),
+        (dict(num_iterations=20, muon_momentum=0.8), None),      # which does not grow
         (dict(num_iterations=20, optim="adamw"), None),
         (dict(num_iterations=20, optim="ademamix"), None),
         (dict(num_iterations=20, optim="ademamix", ademamix_warmup=50),
