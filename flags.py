@@ -10,10 +10,10 @@ import re
 from dataclasses import fields
 
 
-def near(word: str, names) -> str:
+def near(word: str, names, prefix: str = "") -> str:
     """"did you mean NAME? " where one of the names resembles the word, else nothing."""
     found = difflib.get_close_matches(word, names, n=1)
-    return f"did you mean {found[0]}? " if found else ""
+    return f"did you mean {prefix}{found[0]}? " if found else ""
 
 
 def choices(word: str, names) -> str:
@@ -34,7 +34,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word}: -- is no value")
         known, unknown = self.parse_known_args(argv)
         if unknown:
-            hint = near(unknown[0].split("=")[0], self._option_string_actions).strip()
+            # Without the dashes, which would make all flags alike.
+            names = [flag.lstrip("-") for flag in self._option_string_actions]
+            hint = near(unknown[0].split("=")[0].lstrip("-"), names, "--").strip()
             self.error(f"unrecognized argument {unknown[0]}" + (hint and f": {hint}"))
         return vars(known)
 

@@ -249,8 +249,9 @@ class Config:
                 off = value == 0 and f.name in OFF_AT_ZERO
                 # NaN is in no range.
                 if not (low <= value <= high or off):
-                    raise ValueError(f"--{f.name} {value} is out of range: from {low} to {high}"
-                                     + (", or 0" if f.name in OFF_AT_ZERO else ""))
+                    top = LIMITS.get(high, f"at most {high:g}")
+                    raise ValueError(f"--{f.name} {value} is out of range: at least {low:g} and "
+                                     f"{top}" + (", or 0" if f.name in OFF_AT_ZERO else ""))
         mixers = self.rows("mixer")
         if len(mixers) > self.n_layer:
             raise ValueError(f"--mixer {self.mixer}: {len(mixers)} mixers for {self.n_layer} "
@@ -355,6 +356,7 @@ RANGES = {
     "lr_start": SHARE, "lr_end": SHARE, "dropout": BELOW_ONE, "muon_momentum": BELOW_ONE,
     "adam_beta1": BELOW_ONE, "adam_beta2": BELOW_ONE, "ademamix_beta3": (1e-6, BELOW_ONE[1]),
 }
+LIMITS = {ANY_FLOAT[1]: "finite", BELOW_ONE[1]: "below 1"}
 OFF_AT_ZERO = ("logit_softcap",)
 # int64 tokens of a step are 8 GiB then.
 LARGEST_STEP = 2**30

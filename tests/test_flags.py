@@ -208,8 +208,8 @@ WRONG = [  # (flags, what the line must name)
     (["--learning_rate=-1"], "learning_rate"),
     (["--learning_rate=nan"], "learning_rate"),
     (["--mlp_ratio=0"], "mlp"),
-    (["--weight_decay=inf"], "weight_decay"),
-    (["--adam_beta1=1"], "adam_beta1"),
+    (["--weight_decay=inf"], "at least 0 and finite"),
+    (["--adam_beta1=1"], "at least 0 and below 1"),
     (["--adam_beta2=1.5"], "adam_beta2"),
     (["--warmup_iters=-2"], "warmup_iters"),
     (["--num_iterations=10", "--warmdown_iters=11"], "num_iterations"),
@@ -230,6 +230,7 @@ WRONG = [  # (flags, what the line must name)
     ([*ATTN, "--output_dir=/dev/null/x"], "/dev/null/x"),
     # Near misses are named.
     (["--learning_rat=1"], "did you mean --learning_rate?"),
+    (["--foo"], "argument --foo (--help"),
     (["--input-bin", "x"], "did you mean --input_bin?"),
     (["--mixer=atn"], "did you mean attn?"),
     (["--model=d11"], "did you mean d12?"),
