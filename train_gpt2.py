@@ -459,6 +459,9 @@ class GPT(nn.Module):
     def check_parts(self):
         cfg = self.cfg
         mixers = [block.mixer for block in self.blocks]
+        for name, p in self.named_parameters():
+            if not p.numel():
+                raise ValueError(f"{name} would have no entries: one of its sizes is 0: raise it")
         if cfg.value_residual:
             check_values(dict(zip(cfg.mixers, mixers)))
         if self.mask_documents and cfg.document_token < 0:

@@ -296,9 +296,17 @@ def test_a_value_residual_says_who_has_no_values_or_other_widths(monkeypatch):
         model(mixer="attn,valueless", value_residual=True)
     with pytest.raises(ValueError, match="differ: 8 in attn, 32 in afno: leave out --n_kv_head"):
         model(mixer="attn,afno", n_kv_head=1, value_residual=True)
-    for row in MIXERS.keys() - {"valueless"}:
-        model(mixer=row, value_residual=True)
+    for row, (cls, _) in MIXERS.items():
+        if hasattr(cls, "value"):
+            model(mixer=row, value_residual=True)
     model(mixer="attn,diff_v2", n_kv_head=2, value_residual=True)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_part_without_entries_is_named(monkeypatch):
+    monkeypatch.setitem(MIXERS, "empty", (lambda dim, seq_len: nn.Linear(dim, 0), {}))
+    with pytest.raises(ValueError, match="blocks.0.mixer.weight would have no entries"):
+        model(mixer="empty")
 
 
 def test_tied_head_is_the_embedding():
