@@ -53,8 +53,9 @@ class FourierKernel(nn.Module):
         self.kept_modes = max(1, int((seq_len + 1) * kept_fraction))
 
         # Time constants, in tokens, are log-spaced up to seq_len. Two poles share each of them:
-        # one is a pure decay (theta = 0), the other oscillates.
-        tau = torch.logspace(0, math.log10(seq_len), poles // 2 + 1)[1:]
+        # one is a pure decay (theta = 0), the other oscillates. Of an odd number the last, a decay,
+        # stays alone.
+        tau = torch.logspace(0, math.log10(seq_len), (poles + 1) // 2 + 1)[1:]
         tau = tau.repeat_interleave(2)[:poles]
         jitter = 0.1 * torch.randn(num_blocks, poles)
         # rho = exp(-exp(log_decay)) stays inside the unit circle whatever the optimizer does.

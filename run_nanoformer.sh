@@ -70,9 +70,7 @@ PARTS=(
 )
 RACE=(
     "${PARTS[@]}"
-    --n_layer 8
-    --n_head 8
-    --n_embd 256
+    --model nanoformer
     --learning_rate "$RATE"
     --batches "$BATCHES"
     --batch_size 8

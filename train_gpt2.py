@@ -1,8 +1,8 @@
 """spectral-nanogpt: train GPT-2 on one GPU, with or without attention.
 
-This file is the whole trainer: Config, model, optimizers, data, log and loop. A sequence mixer is a
-sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py the
-hand-written backward passes.
+This file is the whole trainer: Config, model, optimizers, batches, log and loop. A sequence mixer
+is a sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py the
+hand-written backward passes, shards.py what opens token files.
 Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (one GPU).
 
     python train_gpt2.py                                  # the embedded run: any machine, minutes
@@ -15,13 +15,9 @@ To experiment, edit Config and the dicts under "The axes", or write a sibling fi
 Letters: B batch, T time, C channels, H heads, D head width, V vocabulary, L layers. Losses are in
 nats per token.
 """
-import argparse
-import glob
-import inspect
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -47,6 +43,7 @@ from diff import DiffAttention, DiffAttentionV2
 from documents import Padded, document_token, fill
 from fan import FAN, FANMLP
 from fftnet import FFTNet
+from flags import choices, make_parser
 from kernels import default_chunk, linear_cross_entropy, softcap
 from machine import (count_activations, count_roles, device_name, device_peak_flops, duration,
                      environment, flops_per_token, graph_breaks, has_bf16, memory_estimate,
@@ -56,15 +53,18 @@ from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNo
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
                    PrePostNorm, ReLU2, SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm,
                    recompute_block, recompute_high_rank)
+from shards import open_data
 
 ROOT = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------------------------
 # Config: every flag, in one place. A default is written here and nowhere else; the race's values
-# are in run_*.sh. The comment behind a field is its help text.
+# are in run_*.sh. The comment behind a field is its help text; a comment line up to its first full
+# stop is the heading of the flags below it.
 
 MODELS = {                                           # layers, heads, channels
     "tiny": (4, 4, 128),
+    "nanoformer": (8, 8, 256),
     "d12": (12, 12, 768),
     "d24": (24, 16, 1024),
     "d36": (36, 20, 1280),
@@ -75,26 +75,28 @@ MODELS = {                                           # layers, heads, channels
 @dataclass(frozen=True)
 class Config:
     # Data
-    input_bin: str = "data/tinyshakespeare/train.bin"    # training shards: a path or a glob
-    input_val_bin: str = "data/tinyshakespeare/val.bin"  # validation shards: a path or a glob
+    data: str = "data/tinyshakespeare"               # folder: *train.bin, *val.bin, numbered or not
+    input_bin: str = ""                              # instead: training shards, a path or a glob
+    input_val_bin: str = ""                          # and validation shards, a path or a glob
     output_dir: str = "logs"                         # one folder a run appears below it
+    run_name: str = ""                               # that folder's name; empty: date, mixer, seed
     sequence_length: int = 256                       # T, tokens
     shuffle: bool = True                             # windows in random order; FineWeb is shuffled
-    batches: str = "windows"                         # row of BATCHES: what becomes of documents
+    batches: str = "windows"                         # what becomes of documents
     document_token: int = -1                         # starts a document; -1: the vocabulary's own
     # Model
-    model: str = "tiny"                              # sizes by name; the next three override it
+    model: str = "tiny"                              # sizes by name; the next three override
     n_layer: int = 0                                 # L; 0: the model's
     n_head: int = 0                                  # H; 0: the model's
     n_embd: int = 0                                  # C, channels; 0: the model's
     vocab_size: int = 0                              # V; 0: read from the shards
-    mixer: str = "afno"                              # rows of MIXERS; a list tiles down the layers
-    mlp: str = "relu2"                               # row of MLPS
+    mixer: str = "afno"                              # a list, a,b,c, tiles down the layers
+    mlp: str = "relu2"                               # the other branch of a block
     mlp_ratio: float = 4.0                           # hidden width / C
-    norm: str = "pre"                                # row of NORMS
-    residual: str = "add"                            # row of RESIDUALS
-    linear: str = "dense"                            # row of LINEARS: projections inside blocks
-    pos: str = "rope"                                # row of POSITIONS; rope acts inside attention
+    norm: str = "pre"                                # around the branches of a block
+    residual: str = "add"                            # how a branch joins the stream
+    linear: str = "dense"                            # projections inside blocks
+    pos: str = "rope"                                # positions; rope acts inside attention
     # Switches. Figures are validation losses of modded-nanogpt's logs, at 124M parameters and about
     # 1.7B FineWeb tokens; each is of one change to the recipe of its day, which is not ours.
     zero_init: bool = True                           # every layer starts as the identity
@@ -114,10 +116,10 @@ class Config:
     dropout: float = 0.0                             # on both branches of a block, in training
     gpas_clip: float = 0.01                          # norm to which GPAS's gradients are clipped
     cola_rank: int = 0                               # of CoLA; 0: a quarter of the smaller side
-    recompute: str = "none"                          # row of RECOMPUTE: less memory, more time
+    recompute: str = "none"                          # in backward: less memory, more time
     # Attention
     n_kv_head: int = 0                               # key/value heads (grouped); 0: n_head
-    head_norm: str = "qk"                            # row of HEAD_NORMS: norms inside the heads
+    head_norm: str = "qk"                            # norms inside the heads
     window: int = 0                                  # tokens a token sees, itself too; 0: all
     short_conv: bool = False                         # AFNO's short convolution on q, k, v
     # AFNO
@@ -137,11 +139,11 @@ class Config:
     fftnet_hidden: int = 0                           # width of the MLP of the mean; 0: C / 8
     # Optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes
     # share them.
-    optim: str = "muon"                              # row of OPTIMS
+    optim: str = "muon"                              # for matrices; AdamW takes the rest
     batch_size: int = 8                              # sequences in a micro-batch
     grad_accumulation_steps: int = 1                 # micro-batches in a step
     num_iterations: int = 1000                       # steps
-    schedule: str = "trapezoid"                      # row of SCHEDULES
+    schedule: str = "trapezoid"                      # of the learning rates behind warm-up
     warmup_iters: int = -1                           # linear warm-up; -1: 2% of the steps
     warmdown_iters: int = -1                         # linear warm-down; -1: 60% of the steps
     lr_start: float = 0.0                            # where warm-up starts, a share of the peak
@@ -177,41 +179,62 @@ class Config:
     estimate: bool = False                           # print parameters, FLOPs, memory, time; exit
 
     def __post_init__(self):
-        used = self.check_rows()
-        self.check_contradictions(used)
         if self.model not in MODELS:
-            raise ValueError(f"--model {self.model}: no such size; choose from {', '.join(MODELS)}")
+            raise ValueError(f"--model {self.model}: no such size; {choices(self.model, MODELS)}")
         for name, size in zip(("n_layer", "n_head", "n_embd"), MODELS[self.model]):
             # The one place that writes a field of the frozen Config.
             object.__setattr__(self, name, getattr(self, name) or size)
+        self.check_names()
+        used = self.check_rows()
+        self.check_contradictions(used)
         self.check_ranges(used)
+
+    def check_names(self):
+        """Refuse half a pair of shards, two sources of them, and a run_name that is no name."""
+        if bool(self.input_bin) != bool(self.input_val_bin):
+            one, other = "input_bin", "input_val_bin"
+            if self.input_val_bin:
+                one, other = other, one
+            raise ValueError(f"--{one} without --{other}: the model would be scored on another "
+                             "vocabulary, or on text it has seen: give both, or --data for a "
+                             "folder with both")
+        if self.input_bin and self.data != Config.data:
+            raise ValueError(f"--data {self.data} with --input_bin and --input_val_bin: two "
+                             "sources of shards: drop one")
+        name = self.run_name
+        if name and (Path(name).name != name or name == ".." or "\0" in name):
+            raise ValueError(f"--run_name {name!r}: must be the name of a folder, not a path: "
+                             "--output_dir says where it appears")
 
     def rows(self, axis: str) -> list[str]:
         """The rows named on an axis: several on the mixers', which tile, one elsewhere."""
         value = getattr(self, axis)
         return value.split(",") if axis == "mixer" else [value]
 
+    def fields_read(self) -> set[str]:
+        """The knobs that the rows in use read."""
+        knobs = (AXES[axis][row][1] for axis in AXES for row in self.rows(axis))
+        return {name for row in knobs for name in row.values()}
+
     def check_rows(self) -> set[str]:
         """Refuse unknown rows and settings that nothing in use reads -> the settings in use."""
-        known = set()
-        used = set(ALWAYS_READ)
         for axis, table in AXES.items():
-            for _, knobs in table.values():
-                known |= set(knobs.values())
             for row in self.rows(axis):
                 if row not in table:
-                    raise ValueError(f"--{axis} {row}: no such row; choose from {', '.join(table)}")
-                part, knobs = table[row]
-                used |= set(knobs.values())
-                for name, (values, why) in getattr(part, "needs", {}).items():
+                    raise ValueError(f"--{axis} {row}: no such row; {choices(row, table)}")
+                for name, (values, why) in getattr(table[row][0], "needs", {}).items():
                     value = getattr(self, name)
                     if value not in values:
                         raise ValueError(f"--{axis} {row} with --{name} {value}: {why}")
+        used = {f.name for f in fields(self)} - KNOBS.keys() | self.fields_read()
         for f in fields(self):
-            unread = f.name in known and f.name not in used
+            unread = f.name not in used and f.name not in ALWAYS_ACCEPTED
             if unread and getattr(self, f.name) != f.default:
                 raise ValueError(f"--{f.name} has no effect here, nothing in use reads it: drop it")
-        return used | {f.name for f in fields(self) if f.name not in known}
+        if self.pos == "none" and "rope" not in used:
+            raise ValueError("--pos none has no effect here, no mixer in use has rotary positions: "
+                             "drop it")
+        return used
 
     def check_contradictions(self, used: set[str]):
         for why, settings in CONTRADICTIONS.items():
@@ -222,12 +245,29 @@ class Config:
     def check_ranges(self, used: set[str]):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type in (int, float) and not in_range(f.name, value):
-                raise ValueError(f"--{f.name} {value} is out of range")
-        if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or 1):
+            if f.type in (int, float):
+                low, high = RANGES.get(f.name, ANY_INT if f.type is int else ANY_FLOAT)
+                off = value == 0 and f.name in OFF_AT_ZERO
+                # NaN is in no range.
+                if not (low <= value <= high or off):
+                    top = LIMITS.get(high, f"at most {high:g}")
+                    raise ValueError(f"--{f.name} {value} is out of range: at least {low:g} and "
+                                     f"{top}" + (", or 0" if f.name in OFF_AT_ZERO else ""))
+        mixers = self.rows("mixer")
+        if len(mixers) > self.n_layer:
+            raise ValueError(f"--mixer {self.mixer}: {len(mixers)} mixers for {self.n_layer} "
+                             "layers: some would not be built: raise --n_layer or name fewer")
+        heads = "n_head" in used
+        if heads and (self.n_embd % self.n_head or self.n_head % (self.n_kv_head or 1)):
             raise ValueError(f"{self.n_embd} channels, {self.n_head} heads, "
                              f"{self.n_kv_head or self.n_head} key/value heads: each must be a "
                              "multiple of the next")
+        if int(self.mlp_ratio * self.n_embd) < 1:
+            raise ValueError(f"--mlp_ratio {self.mlp_ratio} of {self.n_embd} channels is a hidden "
+                             "width of 0: raise one of them")
+        if self.tokens_per_step > LARGEST_STEP:
+            raise ValueError(f"{self.tokens_per_step:,} tokens a step, at most {LARGEST_STEP:,} can"
+                             " be: lower --batch_size or --grad_accumulation_steps")
         ramps = self.warmup_steps
         if "warmdown_iters" in used:
             ramps += self.warmdown_steps
@@ -263,8 +303,18 @@ class Config:
         return math.ceil(self.vocab_size / 128) * 128 if self.pad_vocab else self.vocab_size
 
 
-# A size of every model, although only some mixers read it.
-ALWAYS_READ = ("n_head",)
+# A size of every model, although only some mixers read it. parse() refuses it where it is typed.
+ALWAYS_ACCEPTED = ("n_head",)
+
+
+class AllBut:
+    """All values but these: a collection for `in`."""
+    def __init__(self, *values):
+        self.values = values
+
+    def __contains__(self, value) -> bool:
+        return value not in self.values
+
 
 # {why: settings that contradict one another}
 CONTRADICTIONS = {
@@ -278,58 +328,56 @@ CONTRADICTIONS = {
         dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
     "RMSNorm takes the scale away: add --no-embed_norm":
         dict(embed_scale=(True,), embed_norm=(True,)),
+    "nothing warms up: drop one":
+        dict(lr_start=AllBut(0.0), warmup_iters=(0,)),
+    "no later layer can take the values: drop it":
+        dict(value_residual=(True,), n_layer=(1,)),
+    "no two layers can be joined: drop it":
+        dict(unet_skips=(True,), n_layer=(1,)),
 }
 
-# What a number may be. Where nothing is said: 0 or more, and finite.
-POSITIVE = ("sequence_length", "batch_size", "grad_accumulation_steps", "num_iterations",
-            "val_tokens", "val_batch_size", "train_loss_every", "soap_frequency", "gdn_chunk")
-LOWEST = {"warmup_iters": -1, "warmdown_iters": -1, "document_token": -1, "afno_poles": 2,
-          "mlp_ratio": 0.25, "logit_scale": 1e-6, "ademamix_beta3": 1e-6}
-BELOW_ONE = ("adam_beta1", "adam_beta2", "muon_momentum", "ademamix_beta3", "soap_beta", "dropout")
-AT_MOST_ONE = ("lr_start", "lr_end", "afno_hard_thresholding_fraction")
-
-
-def in_range(name: str, value: float) -> bool:
-    if value < (1 if name in POSITIVE else LOWEST.get(name, 0)):
-        return False
-    if name in BELOW_ONE:
-        return value < 1
-    if name in AT_MOST_ONE:
-        return value <= 1
-    if name == "seed":
-        return value < 2**63
-    return value < math.inf
+# What a number may be, (lowest, highest): no real model reaches the highest sizes, and beyond them
+# torch hangs or overflows.
+ANY_INT = (0, 2**31 - 1)
+ANY_FLOAT = (0.0, sys.float_info.max)
+SHARE = (0.0, 1.0)
+BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
+RANGES = {
+    "n_layer": (1, 1024), "n_embd": (1, 2**16), "vocab_size": (0, 2**24), "mlp_ratio": (0.25, 1024),
+    "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
+    "grad_accumulation_steps": (1, 2**20), "num_iterations": (1, 2**31 - 1),
+    "val_tokens": (1, 2**40), "train_loss_every": (1, 2**31 - 1), "seed": (0, 2**63 - 1),
+    "warmup_iters": (-1, 2**31 - 1), "warmdown_iters": (-1, 2**31 - 1),
+    "document_token": (-1, 2**31 - 1),
+    # Beyond these the soft-cap or the softmax saturates, and the loss stands still.
+    "logit_softcap": (1.0, 1e4), "logit_scale": (1e-4, 100.0),
+    "afno_poles": (2, 4096), "afno_hard_thresholding_fraction": SHARE, "fan_ratio": (0.0, 0.5),
+    "cola_rank": (0, 2**16), "fftnet_hidden": (0, 2**20), "gdn_chunk": (1, 2**24),
+    "soap_frequency": (1, 2**31 - 1), "soap_beta": BELOW_ONE,
+    "lr_start": SHARE, "lr_end": SHARE, "dropout": BELOW_ONE, "muon_momentum": BELOW_ONE,
+    "adam_beta1": BELOW_ONE, "adam_beta2": BELOW_ONE, "ademamix_beta3": (1e-6, BELOW_ONE[1]),
+}
+LIMITS = {ANY_FLOAT[1]: "finite", BELOW_ONE[1]: "below 1"}
+OFF_AT_ZERO = ("logit_softcap",)
+# int64 tokens of a step are 8 GiB then.
+LARGEST_STEP = 2**30
 
 
 SYNONYMS = {"fan_ratio": ["--p"]}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line: without the list of all flags before it."""
-    def error(self, message):
-        raise SystemExit(f"{self.prog}: error: {message} (--help lists the flags)")
-
-
 def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config. What is wrong with it is one line on stderr and exit code 1."""
-    parser = Parser(
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a GPT-2-class model with the mixer you choose. Flags are the fields of "
-                    "Config.")
-    source = inspect.getsource(Config)
-    help_texts = dict(re.findall(r"^    (\w+): .*?# (.*)$", source, re.MULTILINE))
-    for f in fields(Config):
-        names = ["--" + f.name] + SYNONYMS.get(f.name, [])
-        text = help_texts.get(f.name, " ").replace("%", "%%")
-        if f.type in (bool, bool | None):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        else:
-            kind = dict(type=f.type)
-        parser.add_argument(*names, default=f.default, help=text, **kind)
+    parser = make_parser(Config, AXES | {"model": MODELS}, KNOBS, SYNONYMS)
+    typed = parser.typed(sys.argv[1:] if argv is None else argv)
     try:
-        return Config(**vars(parser.parse_args(argv)))
+        cfg = Config(**typed)
     except ValueError as e:
         parser.error(str(e))
+    for name in ALWAYS_ACCEPTED:
+        if typed.get(name) and name not in cfg.fields_read():
+            parser.error(f"--{name} has no effect here, no mixer in use has heads: drop it")
+    return cfg
 
 
 # --------------------------------------------------------------------------------------------------
@@ -398,11 +446,11 @@ class GPT(nn.Module):
         self.v_lambda = None
         self.x0_lambda = None
         self.skip_lambda = None
-        if cfg.value_residual and L > 1:
+        if cfg.value_residual:
             self.v_lambda = nn.Parameter(torch.ones(L))
         if cfg.x0_shortcut:
             self.x0_lambda = nn.Parameter(torch.tensor([[1.0, 0.0]] * L))
-        if cfg.unet_skips and L > 1:
+        if cfg.unet_skips:
             self.skip_lambda = nn.Parameter(torch.ones(L // 2))
 
         self.mask_documents = BATCHES[cfg.batches][0].mask_documents
@@ -412,10 +460,11 @@ class GPT(nn.Module):
     def check_parts(self):
         cfg = self.cfg
         mixers = [block.mixer for block in self.blocks]
-        widths = {mixer.v.out_features if hasattr(mixer, "v") else 0 for mixer in mixers}
-        if cfg.value_residual and (0 in widths or len(widths) > 1):
-            raise ValueError("--value_residual needs values of one width in all layers: leave out "
-                             "--n_kv_head")
+        for name, p in self.named_parameters():
+            if not p.numel():
+                raise ValueError(f"{name} would have no entries: one of its sizes is 0: raise it")
+        if cfg.value_residual:
+            check_values(dict(zip(cfg.mixers, mixers)))
         if self.mask_documents and cfg.document_token < 0:
             raise ValueError("GPT needs a document_token to mask documents; main() takes the "
                              "vocabulary's")
@@ -498,6 +547,19 @@ class GPT(nn.Module):
 
         h = self.trunk(idx[:, None], t - begin[:, None], run)
         return self.logits(h)[:, 0], (states, t + 1, begin)
+
+
+def check_values(mixers):
+    """{row: mixer}: ValueError where a value residual has nothing to add, or other widths."""
+    for name, mixer in mixers.items():
+        if not hasattr(mixer, "v") or not hasattr(mixer, "value"):
+            raise ValueError(f"--value_residual: {name} has no values to add to: leave it out, or "
+                             "change --mixer")
+    widths = {name: mixer.v.out_features for name, mixer in mixers.items()}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{width} in {name}" for name, width in widths.items())
+        raise ValueError(f"--value_residual adds layer 1's values, but their widths differ: "
+                         f"{listed}: leave out --n_kv_head or --value_residual")
 
 
 def roles(model: GPT) -> dict[nn.Parameter, str]:
@@ -624,14 +686,25 @@ class Muon(torch.optim.Optimizer):
 MATRICES = ("matrix", "proj")                            # the roles inside blocks
 
 
+# {role: the field that scales its learning rate}
+RATES = {"embed": "embed_lr_scale", "head": "head_lr_scale", "kernel": "kernel_lr_scale",
+         "lambda": "lambda_lr_scale"}
+
+
+def check_rates(cfg: Config, table):
+    """Refuse a rate that was set for a role which no parameter of a table of roles has."""
+    for role, name in RATES.items():
+        if getattr(cfg, name) != getattr(Config, name) and role not in table.values():
+            raise ValueError(f"--{name} has no effect here, no parameter has the role {role}: "
+                             "drop it")
+
+
 def role_groups(cfg: Config, table, lr: float, decayed=()) -> list[dict]:
     """Parameter groups, one a role, with the learning rate that the flags give it."""
-    scales = {"embed": cfg.embed_lr_scale, "head": cfg.head_lr_scale,
-              "kernel": cfg.kernel_lr_scale, "lambda": cfg.lambda_lr_scale}
     groups = []
     for role in sorted(set(table.values())):
-        groups.append(dict(params=[p for p in table if table[p] == role],
-                           lr=lr * scales.get(role, 1.0),
+        scale = getattr(cfg, RATES[role]) if role in RATES else 1.0
+        groups.append(dict(params=[p for p in table if table[p] == role], lr=lr * scale,
                            weight_decay=cfg.weight_decay if role in decayed else 0.0))
     return groups
 
@@ -745,74 +818,51 @@ def set_schedule(optimizers, step: int, cfg: Config):
     """Set a step's rates: linear warm-up, then a row of SCHEDULES; and Muon's momentum."""
     warmup = cfg.lr_start + (1 - cfg.lr_start) * (step + 1) / max(1, cfg.warmup_steps)
     share = min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
-    low = min(0.85, cfg.muon_momentum)
-    warm = 1.0
-    if step < cfg.muon_momentum_warmup:
-        warm = step / cfg.muon_momentum_warmup
+    momentum = muon_momentum(step, cfg)
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = group["peak_lr"] * share
             if "momentum" in group:
-                group["momentum"] = low + warm * (cfg.muon_momentum - low)
+                group["momentum"] = momentum
+
+
+def muon_momentum(step: int, cfg: Config) -> float:
+    """Muon's momentum at a step: it grows from 0.85 over muon_momentum_warmup steps."""
+    low = min(0.85, cfg.muon_momentum)
+    warm = 1.0
+    if step < cfg.muon_momentum_warmup:
+        warm = step / cfg.muon_momentum_warmup
+    return low + warm * (cfg.muon_momentum - low)
+
+
+def ademamix_alpha(step: int, cfg: Config) -> float:
+    """The weight of the slow momentum, as the package has it: it counts steps from 1."""
+    return cfg.ademamix_alpha * min(1.0, (step + 1) / (cfg.ademamix_warmup or cfg.num_iterations))
+
+
+# {field, the steps of a ramp: (what grows, the field it grows to, its value at a step)}
+RAMPS = {
+    "muon_momentum_warmup": ("Muon's momentum", "muon_momentum", muon_momentum),
+    "ademamix_warmup": ("AdEMAMix's alpha", "ademamix_alpha", ademamix_alpha),
+}
+
+
+def ramp_notes(cfg: Config) -> list[str]:
+    """A line for each ramp of the optimizer in use that the run is too short for."""
+    lines = []
+    for name, (what, target, value) in RAMPS.items():
+        steps = getattr(cfg, name)
+        if name in cfg.fields_read() and steps > cfg.num_iterations:
+            end = f"{value(cfg.num_iterations - 1, cfg):.3g}"
+            goal = f"{getattr(cfg, target):.3g}"
+            if end != goal:
+                lines.append(f"note: {what} ends at {end}, not {goal}: its warm-up of {steps:,} "
+                             "steps is longer than the run")
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: shards are 256 little-endian int32 (magic, version, tokens, vocabulary), then the tokens.
-# The format is llm.c's, plus the vocabulary in word 3, where the public FineWeb shards have 0.
-# data/text.py writes it.
-
-HEADER = 256
-FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}         # magic: (version, type)
-GPT2_VOCAB = 50257
-
-
-def open_shard(path: str):
-    """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line."""
-    def refuse(why):
-        raise SystemExit(f"{path}: {why}")
-
-    if not os.path.isfile(path):
-        refuse("no such file")
-    size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=HEADER)
-    if len(header) < HEADER or header[0] not in FORMATS:
-        refuse("not a token shard (make one with data/text.py)")
-    version, dtype = FORMATS[header[0]]
-    if header[1] != version:
-        refuse(f"shard version {header[1]}, this code reads {version}")
-    n = int(header[2])
-    vocab = int(header[3]) or GPT2_VOCAB
-    promised = 4 * HEADER + n * np.dtype(dtype).itemsize
-    if n < 1 or size != promised:
-        refuse(f"the header promises {n:,} tokens in {promised:,} bytes, the file has {size:,}: "
-               "truncated or damaged, fetch it again")
-    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
-                       shape=(n,))
-    # In parts, so that the check needs no memory for the whole shard.
-    largest = max(int(part.max()) for part in np.array_split(tokens, math.ceil(n / 2**24)))
-    if largest >= vocab:
-        refuse(f"token {largest} is outside the vocabulary of {vocab}")
-    return tokens, vocab
-
-
-def open_shards(pattern: str):
-    """Glob -> ({path: tokens}, vocabulary size); all shards must have the same vocabulary.
-
-    A relative pattern is tried from the working directory, then from the repository.
-    """
-    paths = sorted(glob.glob(pattern)) or sorted(glob.glob(str(ROOT / pattern)))
-    if not paths:
-        raise SystemExit(f"no shard matches {pattern!r}: fetch FineWeb with data/fineweb.py, or "
-                         "make some with data/text.py")
-    shards = {}
-    vocabs = set()
-    for path in paths:
-        shards[path], vocab = open_shard(path)
-        vocabs.add(vocab)
-    if len(vocabs) > 1:
-        raise SystemExit(f"{pattern}: shards of different vocabularies: {sorted(vocabs)}")
-    return shards, vocabs.pop()
-
+# Batches: which tokens a step reads. Shards: shards.py; whole documents: documents.py.
 
 class Windows:
     """Windows of T tokens and one more, each once an epoch: in file order, or shuffled.
@@ -1039,6 +1089,19 @@ AXES = {
 }
 
 
+def readers() -> dict[str, dict[str, list[str]]]:
+    """{field: {axis: the rows that read it}} of every field that only rows read."""
+    found = {}
+    for axis, table in AXES.items():
+        for row, (_, arguments) in table.items():
+            for field in arguments.values():
+                found.setdefault(field, {}).setdefault(axis, []).append(row)
+    return found
+
+
+KNOBS = readers()
+
+
 def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
     """The module a row names: its sizes, then the arguments that the row takes from cfg."""
     cls, arguments = AXES[axis][row]
@@ -1057,19 +1120,26 @@ def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
 # Log, checkpoint, clock
 
 def new_folder(cfg: Config) -> Path:
-    """Make the folder of a run below output_dir, its name made unique by a number."""
+    """Make the folder of a run below output_dir: run_name, or a name that a number makes unique.
+
+    SystemExit with one line where it cannot be made, or run_name is taken.
+    """
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    name = f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
+    name = cfg.run_name or f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
     folder = Path(cfg.output_dir) / name
     tries = 0
-    while folder.exists():
-        tries += 1
-        folder = Path(cfg.output_dir) / f"{name}_{tries}"
     try:
-        folder.mkdir(parents=True)
+        while not cfg.run_name and folder.exists():
+            tries += 1
+            folder = Path(cfg.output_dir) / f"{name}_{tries}"
+        folder.mkdir(parents=True, exist_ok=bool(cfg.run_name))
+        if any(folder.iterdir()):
+            raise SystemExit(f"--run_name {name}: {folder} is not empty: choose another name")
     except OSError as e:
-        raise SystemExit(f"--output_dir {cfg.output_dir}: cannot write there "
-                         f"({e.strerror})") from None
+        raise SystemExit(f"{folder}: cannot make this folder ({e.strerror}): change --output_dir "
+                         "or --run_name") from None
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(f"{folder}: may not be written: change --output_dir or --run_name")
     return folder
 
 
@@ -1168,9 +1238,17 @@ def new_model(cfg: Config, device: torch.device) -> GPT:
     draw_on = "meta" if device.type == "meta" else "cpu"
     try:
         with torch.device(draw_on):
-            return GPT(cfg).to(device)
+            model = GPT(cfg)
+        check_rates(cfg, roles(model))
+        return model.to(device)
     except ValueError as e:
         raise SystemExit(str(e)) from None
+    except RuntimeError as e:
+        # Where the machine's memory is full, torch has no class of its own for it.
+        if "memory" not in str(e):
+            raise
+        raise SystemExit("the model does not fit into this machine's memory: make it smaller "
+                         "(--estimate says what it takes)") from None
 
 
 def compiles(cfg: Config, device: torch.device) -> bool:
@@ -1244,12 +1322,8 @@ def main(cfg: Config) -> float | None:
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
 
     # Data, and every check of flags and data before any weights
-    shards, vocab = open_shards(cfg.input_bin)
-    val_shards, val_vocab = open_shards(cfg.input_val_bin)
+    shards, val_shards, vocab = open_data(cfg)
     cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab)
-    if max(vocab, val_vocab) > cfg.vocab_size:
-        raise SystemExit(f"vocabulary of {cfg.vocab_size}, but training shards have {vocab}, "
-                         f"validation {val_vocab}")
     make_batches, knobs = BATCHES[cfg.batches]
     if "document_token" in knobs:
         cfg = replace(cfg, document_token=document_token(cfg, shards, vocab))
@@ -1281,6 +1355,8 @@ def main(cfg: Config) -> float | None:
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, "
         f"{cfg.num_iterations:,} steps of {batches.per_step:,} tokens, validated on "
         f"{val_batches.targets(val_n):,} tokens")
+    for line in ramp_notes(cfg):
+        say(line)
 
     # Compilation, outside the clock
     if hasattr(torch._functorch.config, "backward_pass_autocast"):

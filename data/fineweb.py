@@ -38,7 +38,7 @@ def fail(message):
 
 def defect(path):
     """What is wrong with a shard, or None."""
-    from train_gpt2 import open_shard
+    from shards import open_shard
     try:
         open_shard(path)
     except SystemExit as why:

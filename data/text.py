@@ -27,6 +27,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -374,7 +375,7 @@ def estimate(held_out, stream, args):
 class ShardWriter:
     """A stream of tokens -> STEM_000001.bin and so on, each of `shard_tokens` tokens."""
     def __init__(self, stem, number, vocab_size, shard_tokens):
-        from train_gpt2 import FORMATS
+        from shards import FORMATS
         self.dtype = np.uint16 if vocab_size <= 65535 else np.uint32
         self.magic, self.version = next(
             (m, v) for m, (v, dtype) in FORMATS.items() if dtype == self.dtype
@@ -520,8 +521,14 @@ def main(argv=None):
                 print(path.replace(args.out / path.name))
     except OSError as error:    # an input's was answered where it was read: this is the output's
         fail(f"cannot write to {args.out}: {error.strerror}; no shard was made")
-    print(f"train with: python train_gpt2.py --input_bin '{args.out / prefix}_train_*.bin'"
-          + (f" --input_val_bin '{args.out / prefix}_val_*.bin'" if val.file else ""))
+    files = f"--input_bin '{args.out / prefix}_train_*.bin' --input_val_bin"
+    mine = set(args.out.glob(f"{glob.escape(prefix)}_*.bin"))
+    if not val.file:
+        print(f"nothing was held out: train with {files} and other shards to validate on")
+    elif mine < set(args.out.glob("*.bin")):         # --data would take all sets in the folder
+        print(f"train with: python train_gpt2.py {files} '{args.out / prefix}_val_*.bin'")
+    else:
+        print(f"train with: python train_gpt2.py --data {shlex.quote(str(args.out))}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Shards: what open_shard refuses. Windows: every token window once an epoch, whoever reads it."""
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import Windows, open_shard, open_shards, stream
+from machine import checksum
+from shards import open_data, open_shard, open_shards
+from train_gpt2 import Windows, stream
 
 
 def write(path, tokens, magic=20240520, version=1, vocab=50, count=None, dtype="<u2", extra=b""):
@@ -68,6 +71,81 @@ def test_open_shards(tmp_path):
     for pattern, why in (("?.bin", "different vocabularies"), ("none*", "no shard matches")):
         with pytest.raises(SystemExit, match=why):
             open_shards(str(tmp_path / pattern))
+
+
+# ---------------------------------------------------------------- --data
+
+def data(folder="", train="", val="", vocab_size=0):
+    return open_data(SimpleNamespace(data=str(folder), input_bin=str(train), input_val_bin=str(val),
+                                     vocab_size=vocab_size))
+
+
+def test_the_end_of_a_name_says_what_a_shard_is_for(tmp_path):
+    train = ["train.bin", "valhalla_train_000001.bin", "x-train-2.bin", "my.train.bin"]
+    val = ["val.bin", "trainer_val_000000.bin"]
+    others = ["interval.bin", "strain_1.bin", "train.bin.bak", "train_val_old.bin", "notes.txt"]
+    for i, name in enumerate([*train, *val, *others]):
+        write(tmp_path / name, [1, 2, i])
+    shards, val_shards, vocab = data(tmp_path)
+    assert list(shards) == sorted(str(tmp_path / name) for name in train) and vocab == 50
+    assert list(val_shards) == sorted(str(tmp_path / name) for name in val)
+    for name in val:
+        (tmp_path / name).unlink()
+    with pytest.raises(SystemExit, match=r"no shard there is called \*val.bin"):
+        data(tmp_path)
+
+
+def test_a_relative_folder_is_sought_here_then_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(data("data/tinyshakespeare")[0]) == 1
+    (tmp_path / "data/tinyshakespeare").mkdir(parents=True)
+    write(tmp_path / "data/tinyshakespeare/train.bin", [1, 2])
+    write(tmp_path / "data/tinyshakespeare/val.bin", [1, 2, 3])
+    assert list(data("data/tinyshakespeare")[1]) == ["data/tinyshakespeare/val.bin"]
+
+
+def test_two_vocabularies_are_refused(tmp_path):
+    train, val = write(tmp_path / "a.bin", [1, 2]), write(tmp_path / "b.bin", [1], vocab=60)
+    for size in (0, 60):
+        with pytest.raises(SystemExit) as e:
+            data(train=train, val=val, vocab_size=size)
+        assert all(word in str(e.value) for word in (train, "of 50", val, "of 60"))
+
+
+def hard_link(new, old):
+    new.hardlink_to(old)
+
+
+def copy(new, old):
+    new.write_bytes(old.read_bytes())
+
+
+@pytest.mark.parametrize("again", [type(Path()).symlink_to, hard_link, copy])
+@pytest.mark.parametrize("old, new, why", [("a_train", "a_val", "text it has seen"),
+                                           ("a_train", "b_train", "twice for training"),
+                                           ("a_val", "b_val", "twice for validation")])
+def test_a_shard_is_used_once(tmp_path, again, old, new, why):
+    for name in ("a_train", "a_val"):
+        if name != new:
+            write(tmp_path / f"{name}.bin", [len(name)] * 9)
+    again(tmp_path / f"{new}.bin", tmp_path / f"{old}.bin")
+    with pytest.raises(SystemExit) as e:
+        data(tmp_path)
+    assert why in str(e.value) and "\n" not in str(e.value)
+    assert all(f"{name}.bin" in str(e.value) for name in (old, new))
+
+
+def test_only_shards_that_begin_alike_are_read_whole(tmp_path, monkeypatch):
+    sums = []
+    monkeypatch.setattr("shards.checksum", lambda path: sums.append(path) or checksum(path))
+    for i, name in enumerate(("a_train", "b_train", "a_val", "b_val")):
+        write(tmp_path / f"{name}.bin", [i, *[1] * 40_000])
+    data(tmp_path)
+    assert not sums
+    # The same 64 KiB, and another end.
+    write(tmp_path / "c_val.bin", [3, *[1] * 39_999, 2])
+    data(tmp_path)
+    assert [path.rsplit("/", 1)[1] for path in sums] == ["b_val.bin", "c_val.bin"]
 
 
 # ---------------------------------------------------------------- windows

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import threading
@@ -29,7 +30,8 @@ sys.path[:0] = [str(ROOT), str(DATA)]
 
 import fineweb  # noqa: E402  (data/ is no package: its scripts are run, not installed)
 import text as tool  # noqa: E402
-from train_gpt2 import open_shard  # noqa: E402
+from shards import open_data, open_shard  # noqa: E402
+from train_gpt2 import parse  # noqa: E402
 
 EOT = 50256
 DOCS = [
@@ -451,6 +453,25 @@ def test_old_shards_are_neither_overwritten_nor_mixed(tmp_path):
     make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "bytes", "--val_tokens", 0)
     with pytest.raises(SystemExit, match="already there"):
         make(tmp_path / "a.txt", "--out", tmp_path / "s", "--tokenizer", "bytes")
+
+
+def test_the_last_line_says_how_to_train(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("hello " * 50)
+    more = ["--out", tmp_path / "s", "--tokenizer", "bytes"]
+
+    def last_line(*flags):
+        tool.main([str(word) for word in [tmp_path / "a.txt", *more, *flags]])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    line = last_line()
+    assert line == f"train with: python train_gpt2.py --data {tmp_path / 's'}"
+    cfg = parse(shlex.split(line)[4:])
+    assert [len(shards) for shards in open_data(cfg)[:2]] == [1, 1]
+    # A second set in the same folder, which --data would mix with the first.
+    line = last_line("--prefix", "other")
+    cfg = parse(shlex.split(line)[4:])
+    assert f"{tmp_path}/s/other_val_*.bin" == cfg.input_val_bin
+    assert "nothing was held out" in last_line("--prefix", "third", "--val_tokens", 0)
 
 
 def test_nothing_appears_before_everything_is_written(tmp_path, monkeypatch):

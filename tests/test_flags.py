@@ -2,21 +2,21 @@
 traceback."""
 
 import inspect
+import math
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 
 from machine import device_peak_flops
-from train_gpt2 import AXES, ROOT, Config, main, parse
+from train_gpt2 import AXES, MIXERS, ROOT, Config, main, new_model, parse, ramp_notes
 
 # small enough for any machine, should a run start that must not
 SMALL = [
     "--n_layer=2",
-    "--n_head=2",
     "--n_embd=32",
     "--sequence_length=16",
     "--batch_size=2",
@@ -26,6 +26,8 @@ SMALL = [
     "--warmup_iters=0",
     "--warmdown_iters=0",
 ]
+TRAIN = "data/tinyshakespeare/train.bin"
+VAL = "data/tinyshakespeare/val.bin"
 ATTN, AFNO = ["--mixer=attn"], ["--mixer=afno", "--afno_num_blocks=2", "--afno_group_size=4"]
 DEFAULT = {f.name: f.default for f in fields(Config)}
 
@@ -50,6 +52,7 @@ def test_every_field_is_one_flag(capsys):
 def test_a_flag_sets_its_field_and_no_other(f, monkeypatch):
     # values need not make sense together
     monkeypatch.setattr(Config, "__post_init__", lambda self: None)
+    monkeypatch.setattr("train_gpt2.ALWAYS_ACCEPTED", ())
     value = (
         not f.default
         if f.type in (bool, bool | None)
@@ -64,6 +67,98 @@ def test_a_flag_sets_its_field_and_no_other(f, monkeypatch):
     )
     got = asdict(parse(argv))
     assert got == DEFAULT | {f.name: value} and type(got[f.name]) is type(value)
+
+
+def test_help_has_headings_rows_and_defaults_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert {"Data", "Model", "Switches", "AFNO", "Gated DeltaNet", "Optimization",
+            "The run"} <= set(headings) and not any("There" in heading for heading in headings)
+    entries = re.split(r"\n  (?=-)", text)
+    entry = {re.search(r"--(\w+)", e)[1]: " ".join(e.split()) for e in entries if "--" in e}
+    for axis, table in AXES.items():
+        assert ", ".join(table) in entry[axis]
+    for name, default in DEFAULT.items():
+        assert default in ("", None) or f"default: {default})" in entry[name], name
+    assert "for --mixer afno;" in entry["afno_poles"]
+    assert "for --mixer fan; for --mlp fan;" in entry["fan_ratio"]
+
+
+def test_a_saved_config_of_older_code_loads():
+    saved = asdict(Config(input_bin=TRAIN, input_val_bin=VAL))
+    del saved["data"], saved["run_name"]
+    assert Config(**saved) == Config(input_bin=TRAIN, input_val_bin=VAL)
+
+
+@pytest.mark.parametrize("row", MIXERS)
+def test_n_head_is_refused_only_where_it_is_typed(row):
+    assert Config(mixer=row, n_head=2).n_head == 2
+    # Its divisors do not matter to a mixer without heads.
+    if "n_head" not in Config(mixer=row).fields_read():
+        assert Config(mixer=row, n_embd=33).n_head == 4
+        assert parse([f"--mixer={row}", "--n_head=0"]) == Config(mixer=row)
+
+
+def odd_values(f):
+    values = [0, 1, 2, 3, 7, -1, 1024, 2**24, 2**31 - 1, 2**63]
+    return values if f.type is int else [*map(float, values), 1e-30, 1e30, math.inf, math.nan]
+
+
+# Everything numeric with attention, then what the other rows read.
+WALK = [("mixer", row) for row in MIXERS] + [("linear", "cola"), ("residual", "gpas"),
+                                             ("optim", "ademamix"), ("optim", "soap")]
+
+
+@pytest.mark.parametrize("axis, row", WALK)
+def test_odd_numbers_make_a_model_or_one_line(axis, row):
+    base = dict(mixer="attn", n_layer=1, n_embd=32, sequence_length=16, vocab_size=50) | {axis: row}
+    sizes = {"n_embd", "n_head", "sequence_length", "mlp_ratio"}
+    everything = row == "attn"
+    for f in fields(Config):
+        read = everything or f.name in sizes | set(AXES[axis][row][1].values())
+        for value in odd_values(f) if read and f.type in (int, float) else ():
+            try:
+                cfg = Config(**base | {f.name: value})
+                cfg = replace(cfg, vocab_size=cfg.vocab_size or 50)
+                new_model(cfg, torch.device("meta"))
+            except (ValueError, SystemExit) as e:
+                assert "\n" not in str(e) and 10 < len(str(e)) < 400, (f.name, value)
+
+
+@pytest.mark.parametrize(
+    "knobs, line",
+    [
+        (dict(num_iterations=20),
+         "note: Muon's momentum ends at 0.856, not 0.95: its warm-up of 300 steps is longer than "
+         "the run"),
+        (dict(num_iterations=300), None),
+        (dict(num_iterations=20, muon_momentum_warmup=0), None),
+        (dict(num_iterations=20, muon_momentum=0.8), None),      # which does not grow
+        (dict(num_iterations=20, optim="adamw"), None),
+        (dict(num_iterations=20, optim="ademamix"), None),
+        (dict(num_iterations=20, optim="ademamix", ademamix_warmup=50),
+         "note: AdEMAMix's alpha ends at 2, not 5: its warm-up of 50 steps is longer than the run"),
+    ],
+)
+def test_a_ramp_that_is_longer_than_the_run_is_noted(knobs, line):
+    assert ramp_notes(Config(**knobs)) == ([line] if line else [])
+
+
+def test_a_run_prints_its_notes_and_has_the_name_it_was_given(tmp_path, capsys):
+    argv = [*SMALL, *ATTN, f"--output_dir={tmp_path}", "--run_name=first try"]
+    (tmp_path / "first try").mkdir()                        # empty: nothing is lost
+    main(parse(argv))
+    assert [path.name for path in tmp_path.iterdir()] == ["first try"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "parameters" in lines[0] and lines[1].startswith("note: Muon's momentum ends at 0.85")
+    before = (tmp_path / "first try/log.txt").read_text()
+    with pytest.raises(SystemExit, match="is not empty: choose another name"):
+        main(parse(argv))
+    assert (tmp_path / "first try/log.txt").read_text() == before
 
 
 def test_no_flags_is_the_config_without_arguments():
@@ -113,8 +208,8 @@ WRONG = [  # (flags, what the line must name)
     (["--learning_rate=-1"], "learning_rate"),
     (["--learning_rate=nan"], "learning_rate"),
     (["--mlp_ratio=0"], "mlp"),
-    (["--weight_decay=inf"], "weight_decay"),
-    (["--adam_beta1=1"], "adam_beta1"),
+    (["--weight_decay=inf"], "at least 0 and finite"),
+    (["--adam_beta1=1"], "at least 0 and below 1"),
     (["--adam_beta2=1.5"], "adam_beta2"),
     (["--warmup_iters=-2"], "warmup_iters"),
     (["--num_iterations=10", "--warmdown_iters=11"], "num_iterations"),
@@ -126,12 +221,57 @@ WRONG = [  # (flags, what the line must name)
     ([*AFNO, "--afno_poles=1"], "afno_poles"),
     ([*ATTN, "--pos=rope", "--n_embd=18", "--n_head=2"], "even"),
     (["--mixer=afno,attn", *AFNO[1:], "--value_residual", "--n_kv_head=1"], "value_residual"),
-    (["--input_bin=no/such*.bin"], "no/such"),
-    (["--input_val_bin=requirements.txt"], "requirements.txt"),
+    (["--input_bin=no/such*.bin", "--input_val_bin=x"], "no/such"),
+    (["--input_bin=data/tinyshakespeare/train.bin", "--input_val_bin=requirements.txt"],
+     "requirements.txt"),
     ([*ATTN, "--vocab_size=10"], "10"),
     (["--sequence_length=9000000"], "sequence_length"),
     (["--device=tpu"], "tpu"),
     ([*ATTN, "--output_dir=/dev/null/x"], "/dev/null/x"),
+    # Near misses are named.
+    (["--learning_rat=1"], "did you mean --learning_rate?"),
+    (["--foo"], "argument --foo (--help"),
+    (["--input-bin", "x"], "did you mean --input_bin?"),
+    (["--mixer=atn"], "did you mean attn?"),
+    (["--model=d11"], "did you mean d12?"),
+    # argparse takes this for no value.
+    (["--mixer=--"], "--mixer=--"),
+    (["--n_layer=--"], "--n_layer=--"),
+    # Shards: where they come from, and that none is used twice.
+    ([f"--input_bin={TRAIN}"], "without --input_val_bin"),
+    ([f"--input_val_bin={VAL}"], "without --input_bin"),
+    (["--data=data/mine", f"--input_bin={TRAIN}", f"--input_val_bin={VAL}"], "two sources"),
+    (["--data=no/such"], "no such folder"),
+    ([f"--data={TRAIN}"], "--input_bin"),
+    (["--data=tests"], "*train.bin"),
+    (["--data=" + 300 * "x"], "too long"),
+    (["--input_bin=data/tinyshakespeare", f"--input_val_bin={VAL}"], "--data"),
+    ([f"--input_bin={TRAIN}", f"--input_val_bin={TRAIN}"], "text it has seen"),
+    ([f"--input_bin={TRAIN}", "--input_val_bin=data/tinyshakespeare/*.bin"], "text it has seen"),
+    # Named, but not built.
+    (["--mixer=attn,afno,fftnet"], "3 mixers for 2 layers"),
+    # Sizes that no real model reaches, and factors that stop learning.
+    (["--n_layer=999999"], "n_layer"),
+    (["--n_embd=9999999"], "n_embd"),
+    (["--batch_size=99999", "--grad_accumulation_steps=9999"], "tokens a step"),
+    ([*ATTN, "--n_embd=1", "--n_head=1", "--mlp_ratio=0.5", "--pos=none"], "mlp_ratio"),
+    (["--logit_scale=1e30"], "logit_scale"),
+    (["--logit_softcap=1e-45"], "logit_softcap"),
+    # Set without effect.
+    (["--n_head=2"], "n_head"),
+    (["--pos=none"], "pos none"),
+    (["--lr_start=0.5"], "warmup_iters 0"),
+    (["--n_layer=1", "--value_residual"], "n_layer 1"),
+    (["--n_layer=1", "--unet_skips"], "n_layer 1"),
+    ([*ATTN, "--kernel_lr_scale=2"], "kernel_lr_scale"),
+    (["--tie_embeddings", "--head_lr_scale=2"], "head_lr_scale"),
+    (["--lambda_lr_scale=2"], "lambda_lr_scale"),
+    (["--lambda_lr_scale=2", "--estimate"], "lambda_lr_scale"),
+    # A name, not a path.
+    (["--run_name=a/b"], "run_name"),
+    (["--run_name=.."], "run_name"),
+    (["--run_name=."], "run_name"),
+    (["--run_name=" + 300 * "x"], "too long"),
 ]
 
 
@@ -142,12 +282,12 @@ def test_what_is_wrong_is_one_line(argv, word, tmp_path):
     with pytest.raises(SystemExit) as e:
         main(parse([*SMALL, f"--output_dir={tmp_path}", *argv]))
     line = e.value.code
-    assert isinstance(line, str) and word in line and "\n" not in line and 10 < len(line) < 400
+    assert isinstance(line, str) and word in line and "\n" not in line and 10 < len(line) < 800
     assert not list(tmp_path.iterdir())                     # refused before anything was written
 
 
 @pytest.mark.parametrize(
-    "argv, word", [WRONG[0], (["--n_head=5"], "heads"), (["--input_bin=none.bin"], "none.bin")]
+    "argv, word", [WRONG[0], (["--n_head=5"], "heads"), (["--data=none"], "none")]
 )
 def test_one_line_on_stderr(argv, word):
     done = flags(argv)
@@ -158,7 +298,7 @@ def test_one_line_on_stderr(argv, word):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--n_layer=1", "--unet_skips"], ["--sequence_length=1"], ["--num_iterations=1"]]
+    "argv", [["--n_layer=1"], ["--sequence_length=1"], ["--num_iterations=1"]]
 )
 def test_extreme_sizes_run(argv, tmp_path):
     assert main(parse([*SMALL, *ATTN, f"--output_dir={tmp_path}", *argv])) > 0

@@ -23,7 +23,7 @@ PLAIN = dict(
     sequence_length=16,
     mixer="attn",
     mlp="gelu",
-    pos="none",
+    pos="rope",
     zero_init=True,
     tie_embeddings=False,
     pad_vocab=True,
@@ -45,7 +45,7 @@ SWITCHES = [
     dict(head_norm="none"),
     dict(short_conv=True),
     dict(mlp="relu2"),
-    *(dict(pos=row) for row in POSITIONS if row != "none"),
+    *(dict(pos=row) for row in POSITIONS if row != "rope"),
 ]
 ALL_ON = dict(
     mixer="afno,attn",
@@ -101,6 +101,12 @@ def test_afno_equals_naive_in_values_and_gradients(backend, fraction, T):
     for name, fast, plain in zip(["y", "x", *dict(m.named_parameters())], *results):
         assert torch.allclose(fast, plain, rtol=1e-9, atol=1e-11), name
     assert all(g.any() for g in results[0]) or T < 3         # every parameter takes part
+
+
+@pytest.mark.parametrize("poles", [3, 5])
+def test_afno_with_an_odd_number_of_poles_equals_naive(poles):
+    m, x = small_afno(poles=poles), torch.randn(2, 9, 8, dtype=torch.float64)
+    assert torch.allclose(m(x), afno_naive(m, x), rtol=1e-9, atol=1e-11)
 
 
 def draw(*shape):
@@ -275,6 +281,32 @@ def test_roles_of_the_parts():
     assert {table[f"blocks.1.mixer.{w}.weight"] for w in "qkv"} | {
         table["blocks.1.mlp.fc.weight"]
     } == {"matrix"}
+
+
+class Valueless(nn.Module):
+    """A mixer without values."""
+    def __init__(self, dim, seq_len):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+
+def test_a_value_residual_says_who_has_no_values_or_other_widths(monkeypatch):
+    monkeypatch.setitem(MIXERS, "valueless", (Valueless, {}))
+    with pytest.raises(ValueError, match="--value_residual: valueless has no values .* --mixer"):
+        model(mixer="attn,valueless", value_residual=True)
+    with pytest.raises(ValueError, match="differ: 8 in attn, 32 in afno: leave out --n_kv_head"):
+        model(mixer="attn,afno", n_kv_head=1, value_residual=True)
+    for row, (cls, _) in MIXERS.items():
+        if hasattr(cls, "value"):
+            model(mixer=row, value_residual=True)
+    model(mixer="attn,diff_v2", n_kv_head=2, value_residual=True)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_part_without_entries_is_named(monkeypatch):
+    monkeypatch.setitem(MIXERS, "empty", (lambda dim, seq_len: nn.Linear(dim, 0), {}))
+    with pytest.raises(ValueError, match="blocks.0.mixer.weight would have no entries"):
+        model(mixer="empty")
 
 
 def test_tied_head_is_the_embedding():

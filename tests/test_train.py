@@ -44,7 +44,8 @@ def test_log_is_complete(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
     text = (folder / "log.txt").read_text()
     parts = (
-        "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents machine"
+        "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents "
+        "flags machine shards"
     )
     for name in (f"{part}.py" for part in parts.split()):
         assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in text, name

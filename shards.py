@@ -1,0 +1,153 @@
+"""Token shards: opening them, and which of them train and which validate.
+
+A shard is 256 little-endian int32 (magic, version, tokens, vocabulary), then the tokens. The format
+is llm.c's, plus the vocabulary in word 3, where the public FineWeb shards have 0. data/text.py
+writes it. Any defect is SystemExit with one line that says what to do.
+"""
+import glob
+import math
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from machine import checksum
+
+ROOT = Path(__file__).resolve().parent
+
+HEADER = 256
+FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}         # magic: (version, type)
+GPT2_VOCAB = 50257
+
+
+def open_shard(path: str):
+    """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line."""
+    def refuse(why):
+        raise SystemExit(f"{path}: {why}")
+
+    if os.path.isdir(path):
+        refuse("is a folder, not a shard: name a folder of shards by --data")
+    if not os.path.isfile(path):
+        refuse("no such file")
+    if not os.access(path, os.R_OK):
+        refuse("may not be read")
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=HEADER)
+    if len(header) < HEADER or header[0] not in FORMATS:
+        refuse("not a token shard (make one with data/text.py)")
+    version, dtype = FORMATS[header[0]]
+    if header[1] != version:
+        refuse(f"shard version {header[1]}, this code reads {version}")
+    n = int(header[2])
+    vocab = int(header[3]) or GPT2_VOCAB
+    promised = 4 * HEADER + n * np.dtype(dtype).itemsize
+    if n < 1 or size != promised:
+        refuse(f"the header promises {n:,} tokens in {promised:,} bytes, the file has {size:,}: "
+               "truncated or damaged, fetch it again")
+    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
+                       shape=(n,))
+    # In parts, so that the check needs no memory for the whole shard.
+    largest = max(int(part.max()) for part in np.array_split(tokens, math.ceil(n / 2**24)))
+    if largest >= vocab:
+        refuse(f"token {largest} is outside the vocabulary of {vocab}")
+    return tokens, vocab
+
+
+def open_shards(pattern: str):
+    """Glob -> ({path: tokens}, vocabulary size); all shards must have the same vocabulary.
+
+    A relative pattern is tried from the working directory, then from the repository.
+    """
+    paths = sorted(glob.glob(pattern)) or sorted(glob.glob(str(ROOT / pattern)))
+    if not paths:
+        raise SystemExit(f"no shard matches {pattern!r}: fetch FineWeb with data/fineweb.py, or "
+                         "make some with data/text.py")
+    return open_all(paths, pattern)
+
+
+def open_all(paths, name: str):
+    """Paths -> ({path: tokens}, their one vocabulary); `name` is what an error calls them all."""
+    shards = {}
+    vocabs = set()
+    for path in paths:
+        shards[path], vocab = open_shard(path)
+        vocabs.add(vocab)
+    if len(vocabs) > 1:
+        raise SystemExit(f"{name}: shards of different vocabularies: {sorted(vocabs)}")
+    return shards, vocabs.pop()
+
+
+# train.bin, x_train.bin, x_train_000001.bin; "valhalla_train.bin" is for training.
+SHARD_NAME = re.compile(r"(?:.*[^A-Za-z])?(train|val)(?:[_-]?\d+)?\.bin")
+
+
+def shards_in(name: str):
+    """--data -> paths of the training shards, of the validation shards. SystemExit with one line.
+
+    A relative folder is tried from the working directory, then from the repository.
+    """
+    paths = {"train": [], "val": []}
+    try:
+        folder = next((path for path in (Path(name), ROOT / name) if path.is_dir()), None)
+        for path in sorted(folder.iterdir()) if folder else ():
+            if match := SHARD_NAME.fullmatch(path.name):
+                paths[match[1]].append(str(path))
+    except OSError as e:
+        raise SystemExit(f"--data {name}: cannot be read ({e.strerror})") from None
+    if folder is None:
+        raise SystemExit(f"--data {name}: no such folder (single files: --input_bin and "
+                         "--input_val_bin)")
+    for kind, found in paths.items():
+        if not found:
+            raise SystemExit(f"--data {name}: no shard there is called *{kind}.bin or "
+                             f"*{kind}_000001.bin: make both kinds with data/text.py, or name "
+                             "files by --input_bin and --input_val_bin")
+    return paths["train"], paths["val"]
+
+
+def open_data(cfg):
+    """-> training shards, validation shards, each {path: tokens}; their vocabulary.
+
+    SystemExit with one line where they have two vocabularies, or share a shard.
+    """
+    if cfg.input_bin:
+        shards, vocab = open_shards(cfg.input_bin)
+        val_shards, val_vocab = open_shards(cfg.input_val_bin)
+    else:
+        train, val = shards_in(cfg.data)
+        shards, vocab = open_all(train, f"--data {cfg.data}")
+        val_shards, val_vocab = open_all(val, f"--data {cfg.data}")
+    if vocab != val_vocab:
+        raise SystemExit(f"{next(iter(shards))} has a vocabulary of {vocab}, "
+                         f"{next(iter(val_shards))} of {val_vocab}: make both with one tokenizer")
+    if vocab > (cfg.vocab_size or vocab):
+        raise SystemExit(f"--vocab_size {cfg.vocab_size} is less than the shards' {vocab}: drop it")
+    refuse_twice(shards, val_shards)
+    return shards, val_shards, vocab
+
+
+def refuse_twice(training, validation):
+    """SystemExit where two of these paths hold the same shard, or are the same path.
+
+    Checksums are of shards with the same size and first 64 KiB only: all of FineWeb's have one
+    size, and 100 of them are 20 GB.
+    """
+    alike = defaultdict(list)
+    for kind, paths in (("training", training), ("validation", validation)):
+        for path in paths:
+            with open(path, "rb") as f:
+                alike[os.path.getsize(path), f.read(2**16)].append((path, kind))
+    for group in alike.values():
+        seen = {}
+        for path, kind in group if len(group) > 1 else ():
+            digest = checksum(path)
+            if digest not in seen:
+                seen[digest] = path, kind
+                continue
+            other, other_kind = seen[digest]
+            why = f"a shard is there twice for {kind}: remove one"
+            if kind != other_kind:
+                why = "the model would be scored on text it has seen: validate on another shard"
+            raise SystemExit(f"{other} and {path} are the same: {why}")
