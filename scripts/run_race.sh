@@ -35,6 +35,7 @@ for flag in "$@"; do
         -h | --help) exec "$python" "${here}train_gpt2.py" "$@" ;;
         --estimate) only_tell=1 ;;
         --no-estimate) only_tell= ;;
+        --) fail "--: only flags are taken, and behind it nothing is one" ;;
     esac
 done
 device=$(value_of device auto "$@")

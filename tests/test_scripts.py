@@ -219,6 +219,7 @@ def test_fftnet_takes_the_embedded_text_on_any_device(idle):
 def test_a_wrong_flag_is_one_line():
     done = run("run_attn.sh", "--mixer", "fourier")
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1 and "fourier" in done.stderr
+    refused(run("run_attn.sh", "--"), "only flags")
 
 
 @pytest.mark.parametrize("kind", ["diff", "diff_v2"])
@@ -464,3 +465,10 @@ def test_a_managed_python_is_left_alone(tmp_path):
     assert done.returncode == 0 and done.stdout == ".venv/bin/python 2.13.0\n", done.stderr
     assert "system-site-packages = true" in (copy.venv / "pyvenv.cfg").read_text()
     assert list(copy.venv.glob("lib/*/site-packages/small/__init__.py"))
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    scripts = [*ROOT.glob("run_*.sh"), *ROOT.glob("scripts/*.sh"), *ROOT.glob(".ci/*")]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
