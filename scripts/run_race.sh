@@ -35,14 +35,15 @@ for flag in "$@"; do
         -h | --help) exec "$python" "${here}train_gpt2.py" "$@" ;;
         --estimate) only_tell=1 ;;
         --no-estimate) only_tell= ;;
-        --) fail "--: only flags are taken, and behind it nothing is one" ;;
+        --) fail "--: leave it out, all arguments are flags" ;;
     esac
 done
 device=$(value_of device auto "$@")
 out=$(value_of output_dir logs "$@")
 name=$(value_of run_name '' "$@")
 if [[ -z $name ]]; then                  # no other run has it, so that the sample is this run's
-    name=${0##*/run_}
+    name=${0##*/}
+    name=${name#run_}
     name=$(date -u +%Y%m%dT%H%M%S)_${name%.sh}_$$
 fi
 vocab=(--vocab_size "$VOCAB")            # for --estimate before there are shards

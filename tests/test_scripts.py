@@ -219,7 +219,7 @@ def test_fftnet_takes_the_embedded_text_on_any_device(idle):
 def test_a_wrong_flag_is_one_line():
     done = run("run_attn.sh", "--mixer", "fourier")
     assert done.returncode != 0 and len(done.stderr.splitlines()) == 1 and "fourier" in done.stderr
-    refused(run("run_attn.sh", "--"), "only flags")
+    refused(run("run_attn.sh", "--"), "--: leave it out")
 
 
 @pytest.mark.parametrize("kind", ["diff", "diff_v2"])
