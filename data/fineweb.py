@@ -81,6 +81,9 @@ def main(argv=None):
     )
     p.add_argument("--repo", default=REPO, help="dataset on the hub (default: %(default)s)")
     args = p.parse_args(argv)
+    # argparse of Python 3.11 and 3.12 reads `--repo=--` as an empty list.
+    if [] in vars(args).values():
+        p.error("-- is no value")
     if args.n < 1 or args.repo == REPO and args.n > MOST:
         p.error(f"N must be 1 to {MOST}, not {args.n}")
     args.out = args.out or ROOT / "data" / (

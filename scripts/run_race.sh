@@ -106,28 +106,28 @@ as_last_process() (                      # of GPUS: it is refused where they are
     "$@"
 )
 
-train=("$python" "${here}train_gpt2.py")
+trainer=${here}train_gpt2.py
 embedded_flags=("${EMBEDDED[@]}" "$@")
 race_flags=(${vocab[@]+"${vocab[@]}"} ${RACE[@]+"${RACE[@]}"} "$@")
 
 if [[ $only_tell && $run_race ]]; then
-    as_last_process run "${train[@]}" "${race_flags[@]}"
+    as_last_process run "$python" "$trainer" "${race_flags[@]}"
     exit
 fi
 if [[ $only_tell ]]; then
-    as_last_process run "${train[@]}" "${embedded_flags[@]}"
+    as_last_process run "$python" "$trainer" "${embedded_flags[@]}"
     if ((${#RACE[@]} > 0)); then
         echo
         echo "the race, on a machine with a CUDA GPU:"
         # Flags that fit the small run may contradict the race, which says so.
-        run "${train[@]}" "${race_flags[@]}" --device cuda || true
+        run "$python" "$trainer" "${race_flags[@]}" --device cuda || true
     fi
     exit
 fi
 
 if [[ $run_race ]]; then
     # A wrong flag ends here, before anything is fetched.
-    as_last_process "${train[@]}" "${race_flags[@]}" --run_name "$name" --estimate >/dev/null
+    as_last_process "$python" "$trainer" "${race_flags[@]}" --run_name "$name" --estimate >/dev/null
     has tiktoken huggingface_hub || install tiktoken huggingface-hub
     if ((${#vocab[@]} > 0)); then
         run "$python" "${here}data/fineweb.py" "$SHARDS" --repo "$REPO" --out "$here$DATA"
@@ -148,11 +148,11 @@ else
     flags=("${embedded_flags[@]}")
 fi
 flags+=(--run_name "$name")
-as_last_process "${train[@]}" "${flags[@]}" --estimate
+as_last_process "$python" "$trainer" "${flags[@]}" --estimate
 launch=("$python")
 if ((GPUS > 1)); then
     launch+=(-P -m torch.distributed.run --standalone --nproc_per_node="$GPUS")
 fi
-run "${launch[@]}" "${here}train_gpt2.py" "${flags[@]}"
+run "${launch[@]}" "$trainer" "${flags[@]}"
 echo "a sample:"
 run "$python" "${here}sample.py" "${out:-.}/$name/model.pt"

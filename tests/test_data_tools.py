@@ -877,7 +877,7 @@ def test_no_hub_at_all(repo, tmp_path):
         assert fetch(tmp_path, "http://127.0.0.1:9", repo, 1).returncode == 0
 
 
-@pytest.mark.parametrize("wrong", ["0", "-1", "many", "1.5"])
+@pytest.mark.parametrize("wrong", ["0", "-1", "many", "1.5", "--repo=--"])
 def test_a_wrong_number_of_shards(wrong, capsys):
     with pytest.raises(SystemExit):
         fineweb.main([wrong])
