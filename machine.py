@@ -1,7 +1,6 @@
 """The machine and what a run costs on it: devices, memory, --estimate, what a log says of both."""
 import hashlib
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -14,6 +13,11 @@ import torch._dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+try:
+    import resource
+except ImportError:                                          # Windows has none
+    resource = None
 
 ROOT = Path(__file__).resolve().parent
 
@@ -99,10 +103,12 @@ def device_peak_flops(device: torch.device) -> float | None:
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
-def peak_memory(device: torch.device) -> int:
-    """MiB: of the GPU, or of this process."""
+def peak_memory(device: torch.device) -> int | str:
+    """MiB: of the GPU, or of this process; "unknown" where the system does not say (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
+    if resource is None:
+        return "unknown"
     unit = 20 if sys.platform == "darwin" else 10            # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
 
@@ -258,25 +264,43 @@ def checksum(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def git(*arguments: str) -> str:
+def git(*arguments: str) -> str | None:
+    """What git prints about this folder, or None where it fails: no git, or no repository."""
     command = ["git", "-C", ROOT, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None
     return done.stdout.strip()
 
 
+def git_state() -> tuple[str, bool | None]:
+    """-> the commit that is checked out, and whether files differ from it.
+
+    ("unknown", None) without git, and for a copy inside another repository: its commit is not ours.
+    """
+    top = git("rev-parse", "--show-toplevel")
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain")
+    if not top or not commit or changes is None or Path(top).resolve() != ROOT:
+        return "unknown", None
+    return commit, bool(changes)
+
+
 def environment(device: torch.device, world: int, paths) -> dict:
-    """What a reader needs to run it again besides sources and flags: plain values."""
+    """What a reader needs to run it again besides sources and flags: plain values.
+
+    "commit" and "dirty" are git_state's.
+    """
+    commit, dirty = git_state()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": device_name(device),
         "processes": world,
         "threads": torch.get_num_threads(),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain")),
+        "commit": commit,
+        "dirty": dirty,
         "command": sys.argv,
         "shards": {path: checksum(path) for path in paths},
     }

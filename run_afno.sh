@@ -4,7 +4,7 @@
 # Extra arguments pass through; --estimate shows what it costs; GPUS=N for more than one.
 RACE=(
     --model d12
-    --mixer afno,afno,afno,attn
+    --mixer 'afno,afno,afno,attn'
     --value_residual
     --x0_shortcut
     --unet_skips

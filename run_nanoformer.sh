@@ -24,10 +24,12 @@ done
 set -- ${rest[@]+"${rest[@]}"}
 
 can_mask() {                             # do all the mixers named know how to mask documents?
-    "$python" -c 'import sys
+    "$python" -P -c 'import sys
+sys.path.insert(0, sys.argv[1])
 from train_gpt2 import MIXERS
-rows = sys.argv[1].split(",")
-sys.exit(not all(row in MIXERS and hasattr(MIXERS[row][0], "masks_documents") for row in rows))' "$1"
+rows = sys.argv[2].split(",")
+sys.exit(not all(row in MIXERS and hasattr(MIXERS[row][0], "masks_documents") for row in rows))' \
+        "$root" "$1"
 }
 
 LLAMA=(--mlp swiglu --weight_decay 0.1)

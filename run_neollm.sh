@@ -8,7 +8,7 @@
 # Extra arguments pass through; --estimate shows what it costs, counting Qwen's vocabulary; GPUS=N
 # for more than one.
 PARTS=(
-    --mixer gdn,gdn,gdn,fan
+    --mixer 'gdn,gdn,gdn,fan'
     --n_kv_head 2
     --fan_ratio 0.125
     --mlp polynorm_gated
@@ -55,5 +55,6 @@ SHARDS=21                                # 2.03B tokens
 REPO=karpathy/fineweb-edu-100B-gpt2-token-shards
 DATA=data/fineweb-edu-100B-gpt2-token-shards
 VOCAB=151665
+# shellcheck disable=SC2034  # setup_env.sh reads it
 EXTRA=(pytorch-optimizer)                # AdEMAMix
 source "$(dirname "$0")/scripts/run_race.sh"

@@ -1,9 +1,12 @@
 """Let a trained model write, token by token, by the step of its mixers where all have one.
 
     python sample.py                                    # the newest checkpoint below logs/
-    python sample.py logs/*/model.pt --prompt "To be" --tokens 500 --temperature 0.7 --top_k 50
+    python sample.py logs/RUN --prompt "To be" --tokens 500 --temperature 0.7 --top_k 50
+
+The text goes to stdout; which checkpoint wrote it goes to stderr.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +14,25 @@ import torch
 import torch.nn.functional as F
 
 from train_gpt2 import GPT, ROOT, Config
+
+
+def find(named=None):
+    """A run's folder or a checkpoint file -> the file; none named: the newest below logs/.
+
+    Below logs/ of the working directory, where train_gpt2.py puts runs, else of the repository.
+    SystemExit with one line where there is none.
+    """
+    if named is None:
+        for logs in (Path("logs"), ROOT / "logs"):
+            saved = [path for path in logs.glob("*/model.pt") if os.path.isfile(path)]
+            if saved:
+                return max(saved, key=lambda path: path.stat().st_mtime)
+        raise SystemExit("no checkpoint below logs/: train first, or name a run's folder")
+    if os.path.isdir(named):
+        named /= "model.pt"
+    if not os.path.isfile(named):
+        raise SystemExit(f"{named}: no such file: name a run's folder, or its model.pt")
+    return named
 
 
 def load(path):
@@ -21,8 +43,8 @@ def load(path):
         model.load_state_dict(saved["model"])
         return model.eval()
     except Exception as e:
-        # torch.load has no one error for a damaged file.
-        why = str(e).splitlines()[0][:100]
+        # torch.load has no one error for a damaged file, and that of an empty one says nothing.
+        why = (str(e) or type(e).__name__).splitlines()[0][:100]
         raise SystemExit(f"{path}: not a checkpoint of this code ({why})") from None
 
 
@@ -81,26 +103,31 @@ def main(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.error = lambda message: p.exit(2, f"sample.py: {message}\n")
     p.add_argument("checkpoint", nargs="?", type=Path,
-                   help="a model.pt (default: the newest below logs/)")
+                   help="a run's folder or its model.pt (default: the newest below logs/)")
     p.add_argument("--prompt", default="\n")
     p.add_argument("--tokens", type=int, default=300)
     p.add_argument("--temperature", type=float, default=0.8,
-                   help="0: always the likeliest (default: %(default)s)")
+                   help="0: always the likeliest; else 0.001 to 1000 (default: %(default)s)")
     p.add_argument("--top_k", type=int, default=0,
                    help="sample among the k likeliest; 0: among all")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--ranks", type=Path, metavar="FILE",
                    help="for Qwen's tokens, as in data/text.py")
     args = p.parse_args(argv)
-    if args.tokens < 0 or args.temperature < 0 or args.top_k < 0:
-        p.error("--tokens, --temperature and --top_k must not be negative")
-    saved = (ROOT / "logs").glob("*/model.pt")
-    newest = max(saved, key=lambda path: path.stat().st_mtime, default=None)
-    path = args.checkpoint or newest
-    if path is None:
-        p.error("no checkpoint below logs/: train first, or name a model.pt")
+    # argparse of Python 3.11 and 3.12 reads `--prompt=--` as an empty list.
+    if [] in vars(args).values():
+        p.error("-- is no value")
+    if args.tokens < 0 or args.top_k < 0:
+        p.error("--tokens and --top_k must not be negative")
+    # Beyond these a logit divided by it is no longer a number, or all tokens are equally likely.
+    if args.temperature != 0 and not 0.001 <= args.temperature <= 1000:
+        p.error(f"--temperature {args.temperature}: must be 0, or 0.001 to 1000")
+    if not 0 <= args.seed < 2**63:
+        p.error(f"--seed {args.seed}: must be 0 to 2**63 - 1")
+    path = find(args.checkpoint)
     model = load(path)
     encode, decode = codec(model.cfg.vocab_size, args.ranks)
+    print(f"checkpoint: {path}", file=sys.stderr)
     torch.manual_seed(args.seed)
     prompt = encode(args.prompt)[-model.cfg.sequence_length:] or encode("\n")
     print(decode(prompt + list(generate(model, prompt, args.tokens, args.temperature, args.top_k))))

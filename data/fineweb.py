@@ -1,15 +1,15 @@
-"""Download FineWeb as GPT-2 tokens: the validation shard and N training shards of 100M tokens, 200
-MB each.
+"""Download FineWeb as GPT-2 tokens: the validation shard and N training shards.
+
+A shard has 100M tokens and 200 MB.
 
     python data/fineweb.py          # 14 shards, 3 GB: more than the race uses
     python data/fineweb.py 3        # what is already there and intact is not downloaded again
     python data/fineweb.py 3 --repo karpathy/fineweb-edu-100B-gpt2-token-shards
 
 Source: the dataset kjj0/fineweb10B-gpt2 on huggingface.co, a 10B-token sample of FineWeb (ODC-By
-1.0), or any other
-one of such shards: its files *_val_*.bin and the first N *_train_*.bin. A file gets its name only
-after its
-checksum, header, size and largest token have been checked.
+1.0), or any other one of such shards: its files *_val_*.bin and the first N *_train_*.bin, from
+whatever folders, into one. A file gets its name only after its checksum, header, size and largest
+token have been checked.
 """
 import argparse
 import errno
@@ -58,14 +58,12 @@ def retry(action, name, args, impatient=False):
             if getattr(error, "errno", None) in HOPELESS:
                 fail(f"cannot write {name} to {args.out}: {why}")
             if status and status < 500 and status not in (408, 429):
-                fail(
-                    f"{args.repo} does not offer {name} (HTTP {status}): check --repo, N and HF_TOKEN"
-                )
+                fail(f"{args.repo} does not offer {name} (HTTP {status}): check --repo, N and "
+                     "HF_TOKEN")
             hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
             if attempt == ATTEMPTS or impatient and not status:
-                fail(
-                    f"cannot get {name} from {hub}: {why.rstrip('.')}; {OTHER_WAYS.format(out=args.out)}"
-                )
+                fail(f"cannot get {name} from {hub}: {why.rstrip('.')}; "
+                     + OTHER_WAYS.format(out=args.out))
             time.sleep(2 ** (attempt - 1))
 
 
@@ -83,6 +81,9 @@ def main(argv=None):
     )
     p.add_argument("--repo", default=REPO, help="dataset on the hub (default: %(default)s)")
     args = p.parse_args(argv)
+    # argparse of Python 3.11 and 3.12 reads `--repo=--` as an empty list.
+    if [] in vars(args).values():
+        p.error("-- is no value")
     if args.n < 1 or args.repo == REPO and args.n > MOST:
         p.error(f"N must be 1 to {MOST}, not {args.n}")
     args.out = args.out or ROOT / "data" / (
@@ -126,10 +127,15 @@ def main(argv=None):
         files = sorted(retry(listed, "the list of its files", args, impatient=True))
         val, train = (fnmatch.filter(files, f"*_{part}_*.bin") for part in ("val", "train"))
         if not val or len(train) < args.n:
-            fail(
-                f"{args.repo} offers {len(val)} files *_val_*.bin and {len(train)} *_train_*.bin: check --repo and N"
-            )
+            fail(f"{args.repo} offers {len(val)} files *_val_*.bin and {len(train)} *_train_*.bin: "
+                 "check --repo and N")
         names = val + train[:args.n]
+        taken = {}
+        for name in names:
+            other = taken.setdefault(place(name), name)
+            if other != name:
+                fail(f"{args.repo} has both {other} and {name}: they would be one file here; fetch "
+                     "those you want by hand")
     missing = [name for name in names if not place(name).is_file() or defect(place(name))]
     print(f"{args.out}: {len(names) - len(missing)} of {len(names)} shards are there", flush=True)
     if not missing:
@@ -138,9 +144,8 @@ def main(argv=None):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if need > (free := shutil.disk_usage(args.out).free):
-            fail(
-                f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {args.out}: lower N or set --out"
-            )
+            fail(f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {args.out}: lower N or "
+                 "set --out")
         with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished_") as temporary:
             for i, name in enumerate(missing, 1):
                 began, path = time.time(), retry(fetch, name, args)
@@ -148,10 +153,8 @@ def main(argv=None):
                     fail(f"what {args.repo} offers as {name} is unfit: {why}")
                 size, seconds = path.stat().st_size, time.time() - began
                 path.replace(place(name))
-                print(
-                    f"{place(name).name}  {i}/{len(missing)}  {size / 1e6:.1f} MB in {seconds:.1f} s",
-                    flush=True,
-                )
+                print(f"{place(name).name}  {i}/{len(missing)}  {size / 1e6:.1f} MB in "
+                      f"{seconds:.1f} s", flush=True)
     except OSError as error:
         fail(f"cannot write to {args.out}: {error.strerror}")
 

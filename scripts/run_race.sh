@@ -1,3 +1,4 @@
+# shellcheck shell=bash source-path=SCRIPTDIR
 # Sourced by run_*.sh, which set
 #   RACE      flags of the FineWeb race; empty: the small run is all, on any device
 #   EMBEDDED  flags of the small run, on the text that is in the repository
@@ -7,52 +8,151 @@
 REPO=${REPO:-kjj0/fineweb10B-gpt2}
 DATA=${DATA:-data/fineweb10B}
 VOCAB=${VOCAB:-50257}
+GPUS=${GPUS:-1}
+CUDA12_TORCH=2.10.0                      # the last one that pip installs with CUDA 12
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+# --------------------------------------------------------------------------------------------------
+# What the user asks for
+
+value_of() {                             # NAME, the value where no flag gives one, all flags
+    local flag
+    local name=--$1
+    local value=$2
+    local previous=
+    shift 2
+    for flag in "$@"; do                 # the last one counts, as argparse has it
+        [[ $flag == "$name="* ]] && value=${flag#*=}
+        [[ $previous == "$name" ]] && value=$flag
+        previous=$flag
+    done
+    printf '%s' "$value"
+}
+
+only_tell=
+for flag in "$@"; do
+    case $flag in                        # no flag takes a value that begins with a dash
+        -h | --help) exec "$python" "${here}train_gpt2.py" "$@" ;;
+        --estimate) only_tell=1 ;;
+        --no-estimate) only_tell= ;;
+        --) fail "--: leave it out, all arguments are flags" ;;
+    esac
+done
+device=$(value_of device auto "$@")
+out=$(value_of output_dir logs "$@")
+name=$(value_of run_name '' "$@")
+if [[ -z $name ]]; then                  # no other run has it, so that the sample is this run's
+    name=${0##*/}
+    name=${name#run_}
+    name=$(date -u +%Y%m%dT%H%M%S)_${name%.sh}_$$
+fi
+vocab=(--vocab_size "$VOCAB")            # for --estimate before there are shards
+if [[ $(value_of input_bin '' "$@") ]]; then
+    vocab=()                             # shards of your own: nothing is fetched
+fi
+[[ $GPUS =~ ^[1-9][0-9]{0,3}$ ]] || fail "GPUS=$GPUS: how many GPUs? Give a number, 1 or more"
+
+# --------------------------------------------------------------------------------------------------
+# What the machine can do. A GPU that torch cannot use ends the script: what would run without it is
+# not what its owner wants.
+
+gpu_is_there() {                         # and the user does not hide it
+    [[ ${CUDA_VISIBLE_DEVICES-0} && ${CUDA_VISIBLE_DEVICES-0} != -1 ]] &&
+        [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]
+}
+
+why_not_cuda() {                         # in one line, and what mends it
+    local driver                         # the CUDA that it is for; empty: it does not say
+    local wanted
+    local install="$python -m pip install"
+    driver=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA [A-Z ]*Version: *\([0-9.]*\).*/\1/p') || true
+    wanted=$(sed -n 's/^torch==//p' "${here}requirements.txt")
+    [[ $driver == 12.* ]] && wanted=$CUDA12_TORCH
+    if [[ $torch_cuda == none ]]; then
+        # The version may be the one that is there, of which pip would do nothing.
+        echo "torch $torch_version is built without CUDA: $install --force-reinstall" \
+            "'torch==$wanted'"
+    elif [[ $torch_cuda == 13.* && ($driver == 12.* || -z $driver) ]]; then
+        echo "torch $torch_version is built for CUDA $torch_cuda and the driver for" \
+            "${driver:-an older one}: update the driver, or $install 'torch==$CUDA12_TORCH'"
+    else
+        "$python" -P -c 'import torch; torch.cuda.init()' 2>&1 | tail -n 1
+    fi
+}
+
+on_cuda=
+if [[ $device == auto || $device == cuda ]]; then
+    if [[ $cuda_works == yes ]]; then
+        on_cuda=1
+    elif gpu_is_there; then
+        fail "torch cannot use this machine's GPU, --device cpu does without: $(why_not_cuda)"
+    fi
+fi
+run_race=
+if [[ $on_cuda ]] && ((${#RACE[@]} > 0)); then
+    run_race=1
+fi
+
+# --------------------------------------------------------------------------------------------------
+# Run it
 
 run() {                                  # prints a command as it can be typed, and runs it
     { printf '+'; printf ' %q' "$@"; echo; } >&2
     "$@"
 }
 
-out=logs
-vocab=(--vocab_size "$VOCAB")            # for --estimate before there are shards
-only_tell=
-only_embedded=
-previous=
-if ((${#RACE[@]} == 0)); then
-    only_embedded=1
-    RACE=("${EMBEDDED[@]}")
-    vocab=()
-fi
-for flag in "$@"; do
-    case $flag in
-        --estimate | --help) only_tell=1 ;;
-        --output_dir=*) out=${flag#*=} ;;
-        --input_bin*) vocab=() ;;        # shards of your own: nothing is fetched
-    esac
-    [[ $previous == --output_dir ]] && out=$flag
-    previous=$flag
-done
-race=("$python" train_gpt2.py ${vocab[@]+"${vocab[@]}"} "${RACE[@]}" "$@")
+as_last_process() (                      # of GPUS: it is refused where they are too many
+    export WORLD_SIZE=$GPUS RANK=0 LOCAL_RANK=$((GPUS - 1))
+    "$@"
+)
 
+trainer=${here}train_gpt2.py
+embedded_flags=("${EMBEDDED[@]}" "$@")
+race_flags=(${vocab[@]+"${vocab[@]}"} ${RACE[@]+"${RACE[@]}"} "$@")
+
+if [[ $only_tell && $run_race ]]; then
+    as_last_process run "$python" "$trainer" "${race_flags[@]}"
+    exit
+fi
 if [[ $only_tell ]]; then
-    run "${race[@]}"
+    as_last_process run "$python" "$trainer" "${embedded_flags[@]}"
+    if ((${#RACE[@]} > 0)); then
+        echo
+        echo "the race, on a machine with a CUDA GPU:"
+        # Flags that fit the small run may contradict the race, which says so.
+        run "$python" "$trainer" "${race_flags[@]}" --device cuda || true
+    fi
     exit
 fi
 
-if [[ ! $only_embedded ]] && has_cuda; then
-    "${race[@]}" --estimate >/dev/null   # a wrong flag ends here, before anything is fetched
+if [[ $run_race ]]; then
+    # A wrong flag ends here, before anything is fetched.
+    as_last_process "$python" "$trainer" "${race_flags[@]}" --run_name "$name" --estimate >/dev/null
     has tiktoken huggingface_hub || install tiktoken huggingface-hub
-    ((${#vocab[@]} == 0)) || run "$python" data/fineweb.py "$SHARDS" --repo "$REPO" --out "$DATA"
-    flags=(--input_bin "$DATA/*_train_*.bin" --input_val_bin "$DATA/*_val_*.bin" "${RACE[@]}" "$@")
+    if ((${#vocab[@]} > 0)); then
+        run "$python" "${here}data/fineweb.py" "$SHARDS" --repo "$REPO" --out "$here$DATA"
+    fi
+    flags=(
+        --input_bin "$here$DATA/*_train_*.bin"
+        --input_val_bin "$here$DATA/*_val_*.bin"
+        "${RACE[@]}"
+        "$@"
+    )
 else
-    [[ $only_embedded ]] || echo "no CUDA device: this is the embedded run (Tiny Shakespeare, byte" \
-        "by byte) instead of the FineWeb race"
-    flags=("${EMBEDDED[@]}" "$@")
+    if ((${#RACE[@]} > 0)); then
+        why="no CUDA device"
+        [[ $cuda_works == yes ]] && why="--device $device"
+        echo "$why: this is the embedded run (Tiny Shakespeare, byte by byte) instead of the" \
+            "FineWeb race"
+    fi
+    flags=("${embedded_flags[@]}")
 fi
-"$python" train_gpt2.py "${flags[@]}" --estimate
-run "$python" -m torch.distributed.run --standalone --nproc_per_node="${GPUS:-1}" \
-    train_gpt2.py "${flags[@]}"
-newest=$(ls -t "$out"/*/model.pt | head -n 1)
+flags+=(--run_name "$name")
+as_last_process "$python" "$trainer" "${flags[@]}" --estimate
+launch=("$python")
+if ((GPUS > 1)); then
+    launch+=(-P -m torch.distributed.run --standalone --nproc_per_node="$GPUS")
+fi
+run "${launch[@]}" "$trainer" "${flags[@]}"
 echo "a sample:"
-run "$python" sample.py "$newest"
+run "$python" "${here}sample.py" "${out:-.}/$name/model.pt"

@@ -845,6 +845,18 @@ def test_another_dataset_has_its_own_folder_and_names(tmp_path, monkeypatch, cap
         fineweb.main(["3", "--repo", "me/toy"])
 
 
+def test_files_of_one_name_in_two_folders_are_refused(tmp_path, monkeypatch):
+    listing = ["a/x_train_1.bin", "a/x_val_0.bin", "b/x_train_1.bin", "b/x_train_2.bin"]
+    monkeypatch.setattr(fineweb, "retry", lambda action, name, *_, **__: (
+        listing if "list" in name else argparse.Namespace(size=10**15)))
+    with pytest.raises(SystemExit, match="a/x_train_1.bin and b/x_train_1.bin: .*by hand") as e:
+        fineweb.main(["2", "--repo", "me/toy", "--out", str(tmp_path)])
+    assert "\n" not in e.value.code
+    # One of them alone is no trouble.
+    with pytest.raises(SystemExit, match="GB needed"):
+        fineweb.main(["1", "--repo", "me/toy", "--out", str(tmp_path)])
+
+
 def test_a_full_disk_is_noticed_before_downloading(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "retry", lambda *_, **__: argparse.Namespace(size=10**15))
     with pytest.raises(SystemExit, match="2000000.0 GB needed"):
@@ -886,7 +898,7 @@ def test_no_hub_at_all(repo, tmp_path):
         assert fetch(tmp_path, "http://127.0.0.1:9", repo, 1).returncode == 0
 
 
-@pytest.mark.parametrize("wrong", ["0", "-1", "many", "1.5"])
+@pytest.mark.parametrize("wrong", ["0", "-1", "many", "1.5", "--repo=--"])
 def test_a_wrong_number_of_shards(wrong, capsys):
     with pytest.raises(SystemExit):
         fineweb.main([wrong])

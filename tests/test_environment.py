@@ -1,0 +1,75 @@
+"""What a log says of the machine: the commit, and memory where the system does not tell it."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import machine
+
+CPU = torch.device("cpu")
+
+
+def git(folder, *arguments):
+    """Run git in a folder -> what it prints. Skips the test where there is no git."""
+    name = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+    try:
+        done = subprocess.run(["git", "-C", folder, *name, *arguments], capture_output=True,
+                              text=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository with one commit, which the code takes for its own; git looks no further up."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for name in ("GIT_DIR", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    monkeypatch.setattr(machine, "ROOT", tmp_path.resolve())
+    return tmp_path
+
+
+def logged():
+    env = machine.environment(CPU, 1, [])
+    return env["commit"], env["dirty"]
+
+
+def test_the_commit_of_this_repository(repository):
+    head = git(repository, "rev-parse", "HEAD")
+    assert logged() == (head, False)
+    (repository / "new.py").touch()
+    assert logged() == (head, True)
+
+
+def test_a_copy_inside_another_repository_has_no_commit(repository, monkeypatch):
+    copy = repository / "copy"
+    copy.mkdir()
+    monkeypatch.setattr(machine, "ROOT", copy.resolve())
+    assert logged() == ("unknown", None)
+
+
+def test_without_a_repository_nothing_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(machine, "ROOT", tmp_path.resolve())
+    assert logged() == ("unknown", None)
+    monkeypatch.setenv("PATH", "")
+    assert logged() == ("unknown", None)
+
+
+def test_windows_has_no_resource_module():
+    """Everything imports without it, and no wrong figure is printed."""
+    code = ("import sys; sys.modules['resource'] = None\n"
+            "import torch, train_gpt2\n"
+            "print(train_gpt2.peak_memory(torch.device('cpu')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True,
+                          text=True)
+    assert done.stdout == "unknown\n", done.stderr
+
+
+def test_the_peak_memory_of_this_process():
+    pytest.importorskip("resource")
+    assert 50 < machine.peak_memory(CPU) < 100_000
