@@ -233,10 +233,10 @@ BACKENDS = {"fft": fft_conv, "toeplitz": toeplitz_conv}
 # The gated delta rule
 
 def one_operator(function):
-    """The function; in a graph of torch.compile one operator, which runs its code as it stands.
+    """The function as it is; in a graph of torch.compile one operator that runs it.
 
-    Traced, N chunks would be N copies of the loop's body, and every write in place a pass over all
-    chunks. Called directly elsewhere: an operator of Python costs 20 us a call.
+    Traced, the loop over N chunks would be N copies of its body, and each write in place a pass
+    over the memory of all chunks: quadratic in T.
     """
     operator = torch.library.custom_op(f"spectral_nanogpt::{function.__name__}", function,
                                        mutates_args=())
