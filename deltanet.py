@@ -51,14 +51,18 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, c
     autocast; o has v's dtype, the state that of the work. Differentiable once.
     """
     B, T, H, dk = k.shape
-    C = min(chunk, T)
+    # Compiled, whole chunks and all of the time at once: one graph for every T.
+    compiling = torch.compiler.is_compiling()
+    C = chunk if compiling else min(chunk, T)
     dtype = torch.promote_types(v.dtype, torch.float32)
     inputs = [u.to(dtype) for u in (q, k, v, beta[..., None], g[..., None])]
-    if T % C:
+    padding = -(-T // C) * C - T
+    uneven = compiling or padding > 0
+    if uneven:
         # Zeros leave the state alone.
-        inputs = [F.pad(u, (0, 0, 0, 0, 0, -T % C)) for u in inputs]
+        inputs = [F.pad(u, (0, 0, 0, 0, 0, padding)) for u in inputs]
     span = inputs[0].size(1)
-    if v.device.type == "cpu":
+    if v.device.type == "cpu" and not compiling:
         # One stretch of time after another, half a MB a tensor: what is in work stays in the cache.
         span = C * max(1, 2**17 // (B * H * dk * C))
     if state is None:
@@ -76,7 +80,10 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, c
             y, S = ChunkwiseRule.apply(Q * dk**-0.5, K, V, b, c.cumsum(1), S)
             y = y.unflatten(0, (-1, B, H))           # (N, B, H, C, dv)
             o.append(y.permute(1, 0, 3, 2, 4).flatten(1, 2))
-        return torch.cat(o, dim=1)[:, :T].type_as(v), S.unflatten(0, (B, H))
+        o = torch.cat(o, dim=1)
+        if uneven:
+            o = F.pad(o, (0, 0, 0, 0, 0, -padding))
+        return o.type_as(v), S.unflatten(0, (B, H))
 
 
 def with_kernel(kernel, q, k, v, g, beta, chunk=32, state=None):

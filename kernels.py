@@ -287,6 +287,64 @@ BACKENDS = {"fft": fft_conv, "toeplitz": toeplitz_conv}
 # --------------------------------------------------------------------------------------------------
 # The gated delta rule
 
+def one_operator(function):
+    """The function as it is; in a graph of torch.compile one operator that runs it.
+
+    Traced, the loop over N chunks would be N copies of its body, and each write in place a pass
+    over the memory of all chunks: quadratic in T.
+    """
+    operator = torch.library.custom_op(f"spectral_nanogpt::{function.__name__}", function,
+                                       mutates_args=())
+    operator.register_fake(states_and_errors)
+
+    def call(*tensors):
+        return operator(*tensors) if torch.compiler.is_compiling() else function(*tensors)
+    return call
+
+
+def states_and_errors(V, k_in, k_out, M, decay, S, asked=None):
+    """Memory for what a loop over chunks returns: N H + H states and N H chunks of errors."""
+    return S.new_empty(V.size(0) + S.size(0), *S.shape[1:]), V.new_empty(V.shape)
+
+
+@one_operator
+def chunk_states(V: Tensor, k_in: Tensor, k_out: Tensor, M: Tensor, decay: Tensor,
+                 S: Tensor) -> tuple[Tensor, Tensor]:
+    """What must wait for the chunk before: its errors, then the state that they leave.
+
+    k_in = e^c K, k_out = e^{c_C - c} Kb, M = (I + A)^-1, decay = e^{c_C} -> S before and after each
+    chunk (N H + H, dk, dv), E like V.
+    """
+    states, E = states_and_errors(V, k_in, k_out, M, decay, S)
+    H = len(S)
+    states[:H] = S
+    for n in range(len(V) // H):
+        own = slice(n * H, (n + 1) * H)
+        after = slice((n + 1) * H, (n + 2) * H)
+        residual = torch.baddbmm(V[own], k_in[own], states[own], alpha=-1)
+        torch.bmm(M[own], residual, out=E[own])
+        left = torch.mul(decay[own], states[own], out=states[after])
+        left.baddbmm_(k_out[own].mT, E[own])
+    return states, E
+
+
+@one_operator
+def chunk_gradients(dE: Tensor, k_in: Tensor, k_out: Tensor, M: Tensor, decay: Tensor, dS: Tensor,
+                    asked: Tensor) -> tuple[Tensor, Tensor]:
+    """The same backwards: dE without what S' asks, dS of the last state -> all dS, dR."""
+    grads, dR = states_and_errors(dE, k_in, k_out, M, decay, dS)
+    H = len(dS)
+    grads[-H:] = dS
+    for n in reversed(range(len(dE) // H)):
+        own = slice(n * H, (n + 1) * H)
+        after = slice((n + 1) * H, (n + 2) * H)
+        dE_n = torch.baddbmm(dE[own], k_out[own], grads[after])
+        torch.bmm(M[own].mT, dE_n, out=dR[own])
+        dS_n = torch.baddbmm(asked[own], k_in[own].mT, dR[own], alpha=-1, out=grads[own])
+        dS_n.addcmul_(decay[own], grads[after])
+    return grads, dR
+
+
 class ChunkwiseRule(torch.autograd.Function):
     """The gated delta rule in N chunks of C tokens: Q / sqrt(dk), K, V, beta, c, S -> O, last S.
 
@@ -314,23 +372,10 @@ class ChunkwiseRule(torch.autograd.Function):
         M = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
 
         H = len(S)
-        N = len(V) // H
-        E = torch.empty_like(V)
-        S = torch.cat((S, S.new_empty(len(V), *S.shape[1:])))
-        k_in = since * K
-        k_out = left * Kb
-        decay = since[:, -1:]
-        # What must wait for the chunk before: its errors, then the state that they leave. In place,
-        # as rows `own` of E and rows `after` of S.
-        for n in range(N):
-            own = slice(n * H, (n + 1) * H)
-            after = slice((n + 1) * H, (n + 2) * H)
-            residual = torch.baddbmm(V[own], k_in[own], S[own], alpha=-1)
-            torch.bmm(M[own], residual, out=E[own])
-            torch.mul(decay[own], S[own], out=S[after]).baddbmm_(k_out[own].mT, E[own])
-        ctx.save_for_backward(Q, K, b, D, since, left, P, M, S, E)
-        out = (since * Q @ S[:-H]).baddbmm_(P, E)
-        return out, S[-H:].clone()
+        states, E = chunk_states(V, since * K, left * Kb, M, since[:, -1:], S)
+        ctx.save_for_backward(Q, K, b, D, since, left, P, M, states, E)
+        out = (since * Q @ states[:-H]).baddbmm_(P, E)
+        return out, states[-H:].clone()
 
     @staticmethod
     def backward(ctx, dO, dS):
@@ -341,23 +386,10 @@ class ChunkwiseRule(torch.autograd.Function):
         Q, K, b, D, since, left, P, M, S, E = ctx.saved_tensors
         with torch.autocast(dO.device.type, enabled=False):
             dO = dO.contiguous()
-            dR = torch.empty_like(E)
             H = len(dS)
-            N = len(E) // H
             Kb = b * K
-            # What O asks of S at first; in the end all that S gets.
-            dS = torch.cat(((since * Q).mT @ dO, dS))
-            dE = P.mT @ dO
-            k_in = since * K
-            k_out = left * Kb
-            decay = since[:, -1:]
-            # The last chunk comes first: its dS is complete.
-            for n in reversed(range(N)):
-                own = slice(n * H, (n + 1) * H)
-                after = slice((n + 1) * H, (n + 2) * H)
-                dE[own].baddbmm_(k_out[own], dS[after])
-                torch.bmm(M[own].mT, dE[own], out=dR[own])
-                dS[own].baddbmm_(k_in[own].mT, dR[own], alpha=-1).addcmul_(decay[own], dS[after])
+            asked = (since * Q).mT @ dO              # what O asks of S
+            dS, dR = chunk_gradients(P.mT @ dO, since * K, left * Kb, M, since[:, -1:], dS, asked)
             first = dS[:H].clone()
             dS = dS[H:]
             before = S[:-H].mT

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 
 from deltanet import GatedDeltaNet, best_rule, gated_delta_rule, gated_delta_rule_naive, with_kernel
 from tests.checks import apart, awake
@@ -138,12 +139,73 @@ def test_precision_island():
     )
 
 
+def counting(graphs):
+    """A backend for torch.compile that appends how many operators each graph has, and runs it."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def compiler(graph, inputs):
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+    return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+
+
 @pytest.mark.parametrize("T", [1, 20, 32, 70])
 def test_compiles_without_a_graph_break(T):
     torch._dynamo.reset()
     x = inputs(T, dtype=torch.float32)
     compiled = torch.compile(gated_delta_rule, backend="aot_eager", fullgraph=True)
     same(with_gradients(compiled, x, chunk=32), with_gradients(gated_delta_rule, x, chunk=32), 1e-5)
+
+
+def test_a_compiled_graph_does_not_grow_with_time():
+    """Traced, the loop over chunks is a copy of its body a chunk, each with passes over all."""
+    operators = []
+    for T in (96, 320):
+        torch._dynamo.reset()
+        graphs = []
+        compiled = torch.compile(gated_delta_rule, backend=counting(graphs), fullgraph=True,
+                                 dynamic=False)
+        # Wide enough for the CPU's several stretches of time in eager.
+        x = inputs(T, dtype=torch.float32, B=4, H=8, dk=64, dv=3)
+        same(with_gradients(compiled, x), with_gradients(gated_delta_rule, x), 1e-5)
+        operators.append(graphs)
+    assert len(operators[0]) == 2 and operators[0] == operators[1]
+
+
+def test_one_compiled_graph_serves_all_shapes():
+    """The second length and the second batch each make a size dynamic; then nothing is compiled."""
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(gated_delta_rule, backend=counting(graphs), fullgraph=True)
+    # padded rows: multiples of 8, of a chunk of 32 or not
+    for i, (B, T) in enumerate([(2, 64), (2, 96), (3, 64), (3, 40), (4, 136), (5, 200), (2, 128)]):
+        x = inputs(T, dtype=torch.float32, B=B, H=2)
+        same(with_gradients(compiled, x), with_gradients(gated_delta_rule, x), 1e-5)
+        # a forward and a backward each
+        assert len(graphs) == 2 * min(i + 1, 3)
+
+
+def test_the_operators_keep_their_promises():
+    """Fake shapes and strides are the real ones; no output is an input, and no input is written."""
+    N, H, C, dk, dv = 3, 2, 4, 5, 6
+    shapes = (N * H, C, dv), (N * H, C, dk), (N * H, C, dk), (N * H, C, C), (N * H, 1, 1)
+    x = [torch.randn(shape) for shape in (*shapes, (H, dk, dv), (N * H, dk, dv))]
+    operators = torch.ops.spectral_nanogpt
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.chunk_states.default, x[:6], test_utils=checks)
+    torch.library.opcheck(operators.chunk_gradients.default, x, test_utils=checks)
+
+
+def test_the_compiled_layer_equals_the_eager_one():
+    torch._dynamo.reset()
+    m = layer().float()
+    compiled = torch.compile(m, backend="aot_eager", fullgraph=True)
+    results = []
+    for forward in (m, compiled):
+        x = torch.randn(2, 70, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = forward(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])])
+    assert all(apart(a, b) < 1e-4 for a, b in zip(*results))
 
 
 def test_stretches_of_time_give_the_same():
