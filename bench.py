@@ -3,6 +3,7 @@
     python bench.py gdn                         # the delta rule in chunks, token by token, theirs
     python bench.py mixers --n_embd 512         # every row of MIXERS, as a ratio to attention
     python bench.py scaling --mixer fftnet,attn # as many tokens in longer rows: linear or not?
+    python bench.py compiled --mixer gdn        # by torch.compile and without, in longer rows
     python bench.py models --mixer 'attn;afno'  # whole models, small ones
 
 Milliseconds, forward and backward, minimum and median over the repeats; trust the ratios, not the
@@ -70,13 +71,14 @@ def transformers_rules():
     return {"transformers, chunks": rule("chunk"), "transformers, recurrence": rule("recurrent")}
 
 
-def passes(row, B, T, args, device):
+def passes(row, B, T, args, device, wrap=lambda mixer: mixer):
     """Forward and backward of a row of MIXERS with its default knobs, on (B, T, n_embd)."""
     cfg = Config(mixer=row, n_head=args.n_head, n_embd=args.n_embd, batch_size=B,
                  sequence_length=T)
     mixer = build("mixer", row, cfg, args.n_embd, T).to(device)
     x = torch.randn(B, T, args.n_embd, device=device, requires_grad=True)
-    return lambda: torch.autograd.grad(mixer(x).sum(), [x, *mixer.parameters()])
+    forward = wrap(mixer)
+    return lambda: torch.autograd.grad(forward(x).sum(), [x, *mixer.parameters()])
 
 
 def mixers(args, device):
@@ -92,6 +94,19 @@ def scaling(args, device):
         for n in (1, 2, 4, 8):
             T = n * args.sequence_length
             contenders[f"{row}, T {T}"] = passes(row, 8 // n * args.batch_size, T, args, device)
+    return contenders
+
+
+def compiled(args, device):
+    """Each of --mixer as it is and by torch.compile, in rows of 1 to 8 times sequence_length."""
+    kinds = {"eager": lambda mixer: mixer, "compiled": partial(torch.compile, dynamic=False)}
+    contenders = {}
+    for row in args.mixer.split(","):
+        for n in (1, 2, 4, 8):
+            T = n * args.sequence_length
+            for kind, wrap in kinds.items():
+                run = passes(row, args.batch_size, T, args, device, wrap)
+                contenders[f"{row}, T {T}, {kind}"] = run
     return contenders
 
 
@@ -115,7 +130,8 @@ def gradients(model, x, y):
     return torch.autograd.grad(model(x, y), list(model.parameters()))
 
 
-BENCHES = {"gdn": gdn, "mixers": mixers, "scaling": scaling, "models": models}
+BENCHES = {"gdn": gdn, "mixers": mixers, "scaling": scaling, "compiled": compiled,
+           "models": models}
 
 
 def measure(contenders, repeats, device):

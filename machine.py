@@ -98,19 +98,17 @@ def device_name(device: torch.device) -> str:
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of a torch device, or None where it is not known."""
-    if device.type != "cuda" or not is_available("cuda"):
-        return None
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def peak_memory(device: torch.device) -> int | str:
-    """MiB: of the GPU, or of this process; "unknown" where the system does not say (Windows)."""
+def peak_memory(device: torch.device) -> str:
+    """Of the GPU, or of this process: "386MiB"; "unknown" where the system keeps none (Windows)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
+        return f"{torch.cuda.max_memory_allocated(device) >> 20}MiB"
     if resource is None:
         return "unknown"
     unit = 20 if sys.platform == "darwin" else 10            # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> unit}MiB"
 
 
 def duration(seconds: float) -> str:
@@ -210,7 +208,8 @@ def memory_estimate(count, state_per_weight, kept: int, logits: int) -> str:
 def time_estimates(flops: float, device: torch.device) -> list[str]:
     """How long so many FLOPs take, here and on an RTX 4090; nothing for less than a second."""
     rates = {}
-    peak = device_peak_flops(device)
+    # A CUDA device may be only told of: see pick_device.
+    peak = device_peak_flops(device) if is_available(device.type) else None
     if peak:
         rates["this GPU at 50% MFU"] = 0.5 * peak
     elif device.type == "cpu":

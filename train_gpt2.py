@@ -1341,6 +1341,7 @@ def main(cfg: Config) -> float | None:
         torch.cuda.set_device(device)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
+    torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
     table = roles(model)
     optimizers = build_optimizers(cfg, model)
     n_params = sum(p.numel() for p in model.parameters())
@@ -1369,8 +1370,8 @@ def main(cfg: Config) -> float | None:
         forward = compiled(model, batches.shapes(), val_shapes, device, autocast)
         for reason in graph_breaks():
             say(f"note: not compiled as a whole: {reason}")
+        torch.manual_seed(cfg.seed + rank)           # as if nothing had been drawn
     compile_time = clock.stop()
-    torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
 
     steps = stream(batches, device)
     clock = Clock(device)
@@ -1452,7 +1453,7 @@ def main(cfg: Config) -> float | None:
         target = f"time_to_{cfg.target_val_loss}:{when} "
     say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{tokens} "
         f"train_time:{clock.total:.1f}s with_compile:{clock.total + compile_time:.1f}s "
-        f"{target}peak_memory:{peak_memory(device)}MiB")
+        f"{target}peak_memory:{peak_memory(device)}")
     if log:
         print(f"log and checkpoint: {log.dir}")
     if world > 1:

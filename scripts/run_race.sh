@@ -47,8 +47,13 @@ if [[ -z $name ]]; then                  # no other run has it, so that the samp
     name=$(date -u +%Y%m%dT%H%M%S)_${name%.sh}_$$
 fi
 vocab=(--vocab_size "$VOCAB")            # for --estimate before there are shards
-if [[ $(value_of input_bin '' "$@") ]]; then
+shards=(
+    --input_bin "$here$DATA/*_train_*.bin"
+    --input_val_bin "$here$DATA/*_val_*.bin"
+)
+if [[ $(value_of input_bin '' "$@")$(value_of input_val_bin '' "$@")$(value_of data '' "$@") ]]; then
     vocab=()                             # shards of your own: nothing is fetched
+    shards=()
 fi
 [[ $GPUS =~ ^[1-9][0-9]{0,3}$ ]] || fail "GPUS=$GPUS: how many GPUs? Give a number, 1 or more"
 
@@ -132,12 +137,7 @@ if [[ $run_race ]]; then
     if ((${#vocab[@]} > 0)); then
         run "$python" "${here}data/fineweb.py" "$SHARDS" --repo "$REPO" --out "$here$DATA"
     fi
-    flags=(
-        --input_bin "$here$DATA/*_train_*.bin"
-        --input_val_bin "$here$DATA/*_val_*.bin"
-        "${RACE[@]}"
-        "$@"
-    )
+    flags=(${shards[@]+"${shards[@]}"} "${RACE[@]}" "$@")
 else
     if ((${#RACE[@]} > 0)); then
         why="no CUDA device"

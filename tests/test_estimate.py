@@ -1,8 +1,13 @@
 """What --estimate rests on, and the rates of groups: held against optimizers that have stepped."""
+import re
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from train_gpt2 import GPT, MATRICES, OPTIMS, Config, build_optimizers, roles
+from tests.runs import RECIPES, recipe
+from train_gpt2 import GPT, MATRICES, OPTIMS, Config, build_optimizers, main, parse, roles
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=50, sequence_length=16, mixer="attn")
 
@@ -64,3 +69,72 @@ def test_lambdas_have_a_rate_of_their_own():
         assert group["peak_lr"] == pytest.approx(0.014)
         assert group["weight_decay"] == 0
     assert any(g["peak_lr"] == 0.002 for g in groups)
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory, counted apart: by what autograd packs away, and by optimizers that step on fake tensors
+
+def saved_bytes(model, shape, half):
+    """Bytes of distinct storages that autograd saves in a forward pass, weights left out."""
+    weights = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    idx = torch.zeros(shape, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model(idx, idx)
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+
+
+def state_bytes(cfg, model):
+    """Bytes of weights, gradients and optimizers' states after a step."""
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    total = 2 * sum(4 * p.numel() for p in model.parameters())
+    for opt in build_optimizers(cfg, model):
+        opt.step()
+        total += 4 * sum(numbers(state) for state in opt.state.values())
+    return total
+
+
+@pytest.mark.parametrize("kind", ["EMBEDDED", "RACE"])
+@pytest.mark.parametrize("name", RECIPES[:6])
+def test_the_estimate_is_near_a_count(name, kind, tmp_path, capsys):
+    if "neollm" in name:
+        pytest.importorskip("pytorch_optimizer")
+    flags = recipe(name, kind)
+    if not flags:
+        pytest.skip("it has no race")
+    flags += ["--n_layer", "4", "--output_dir", str(tmp_path)]
+    if kind == "RACE":
+        flags += ["--vocab_size", "50257", "--device", "cuda"]
+    cfg = parse(flags)
+    assert main(replace(cfg, estimate=True)) is None
+    line = re.search(r"^memory +about ([\d,]+) MiB \(.*logits ([\d,]+)\)$", capsys.readouterr().out,
+                     re.MULTILINE)
+    told, logits = (int(figure.replace(",", "")) for figure in line.groups())
+
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or 256)
+    if cfg.batches == "packed":
+        cfg = replace(cfg, document_token=50256)
+    with FakeTensorMode():
+        model = GPT(cfg)
+        counted = saved_bytes(model, (cfg.batch_size, cfg.sequence_length), kind == "RACE")
+        counted += state_bytes(cfg, model)
+    assert told - logits == pytest.approx(counted / 2**20, rel=0.15)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mixers_differ_in_memory(capsys):
+    """Once all had the same figure."""
+    def activations(**knobs):
+        main(Config(estimate=True, **knobs))
+        return int(re.search(r"activations (\d+)", capsys.readouterr().out)[1])
+
+    figures = [activations(mixer=mixer) for mixer in ("attn", "afno", "gdn", "fftnet")]
+    assert len(set(figures)) == 4
+    assert activations(mixer="attn", recompute="block") < 0.5 * min(figures)

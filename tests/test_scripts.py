@@ -290,6 +290,7 @@ if any("train_gpt2" in word or "torch.cuda" in word for word in sys.orig_argv):
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     torch.cuda.get_device_name = lambda device=None: "NVIDIA H200"
+    torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 if any("fineweb.py" in word for word in sys.orig_argv):
     os._exit(9)
 """
@@ -342,7 +343,9 @@ def test_shards_are_fetched_into_the_repository(idle, tmp_path):
     line, = done.stderr.splitlines()
     assert line.endswith(f" {ROOT}/data/fineweb.py 11 --repo kjj0/fineweb10B-gpt2 --out "
                          f"{ROOT}/data/fineweb10B")
-    assert run("run_afno.sh", "--input_bin=my.bin", **idle).returncode == 0
+    for own in ("--input_bin=my.bin", "--data=mine"):
+        done = run("run_afno.sh", own, **idle)
+        assert done.returncode == 0 and "fineweb10B" not in done.stdout + done.stderr
 
 
 def test_the_small_run_on_a_machine_with_a_gpu(idle):
