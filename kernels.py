@@ -7,6 +7,7 @@ hold each against a plain twin.
 Letters: B batch, T time, C channels, G kernels (each filters C/G channels), K columns of a GEMM,
 M tokens, V vocabulary.
 """
+import functools
 import math
 from functools import cache, partial
 
@@ -288,12 +289,17 @@ BACKENDS = {"fft": fft_conv, "toeplitz": toeplitz_conv}
 # The gated delta rule
 
 def one_operator(function):
-    """The function as it is; in a graph of torch.compile one operator that runs it.
+    """The function as it is; in a graph of torch.compile one operator, without autocast.
 
     Traced, the loop over N chunks would be N copies of its body, and each write in place a pass
     over the memory of all chunks: quadratic in T.
     """
-    operator = torch.library.custom_op(f"spectral_nanogpt::{function.__name__}", function,
+    @functools.wraps(function)
+    def without_autocast(*tensors):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*tensors)
+
+    operator = torch.library.custom_op(f"spectral_nanogpt::{function.__name__}", without_autocast,
                                        mutates_args=())
     operator.register_fake(states_and_errors)
 
