@@ -1176,7 +1176,7 @@ class Log:
 def check_finite(kind: str, loss: float, step: int):
     if not math.isfinite(loss):
         raise SystemExit(f"step {step}: the {kind} loss is {loss}, and so is all that would follow:"
-                         " lower the learning rates. Nothing was saved")
+                         " lower the learning rates. No checkpoint was overwritten")
 
 
 def save(path: Path, model: GPT, cfg: Config, step: int):
@@ -1187,7 +1187,7 @@ def save(path: Path, model: GPT, cfg: Config, step: int):
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
         raise SystemExit(f"step {step}: {bad[0]} and {len(bad) - 1} more weights are not finite: "
-                         "lower the learning rates. Nothing was saved")
+                         "lower the learning rates. No checkpoint was overwritten")
     torch.save(dict(model=model.state_dict(), config=asdict(cfg), step=step), f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 

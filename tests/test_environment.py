@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import machine
+from tests.runs import train
 
 CPU = torch.device("cpu")
 
@@ -73,3 +74,32 @@ def test_windows_has_no_resource_module():
 def test_the_peak_memory_of_this_process():
     pytest.importorskip("resource")
     assert 50 < int(machine.peak_memory(CPU).removesuffix("MiB")) < 100_000
+
+
+# ---------------- precision
+
+@pytest.mark.parametrize("kind, in_hardware, dtype", [
+    ("cpu", True, torch.float32), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float32),
+])
+def test_the_card_is_asked_for_bf16(kind, in_hardware, dtype, monkeypatch):
+    """A card from before Ampere emulates it: slower than fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: in_hardware or including_emulation)
+    machine.has_bf16.cache_clear()
+    device = torch.device(kind)
+    assert machine.pick_precision("auto", device) == dtype
+    assert machine.pick_precision("bf16", device) == torch.bfloat16
+    assert machine.pick_precision("fp32", device) == torch.float32
+    machine.has_bf16.cache_clear()
+
+
+def test_an_unknown_precision_is_one_line():
+    with pytest.raises(SystemExit, match="--dtype fp16: choose from auto, bf16, fp32"):
+        machine.pick_precision("fp16", CPU)
+
+
+def test_a_run_in_bf16(shards, tmp_path):
+    """On a CPU, by name: near the run in fp32, and not the same."""
+    losses = [train(tmp_path, **shards, dtype=dtype)[0] for dtype in ("auto", "bf16")]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], abs=0.05)
