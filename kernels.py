@@ -380,7 +380,8 @@ class ChunkwiseRule(torch.autograd.Function):
         H = len(S)
         states, E = chunk_states(V, since * K, left * Kb, M, since[:, -1:], S)
         ctx.save_for_backward(Q, K, b, D, since, left, P, M, states, E)
-        out = (since * Q @ states[:-H]).baddbmm_(P, E)
+        # Not in place: compiled by torch 2.11, what a forward returns would lose its gradient.
+        out = torch.baddbmm(since * Q @ states[:-H], P, E)
         return out, states[-H:].clone()
 
     @staticmethod
