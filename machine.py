@@ -1,15 +1,18 @@
 """The machine and what a run costs on it: devices, memory, --estimate, what a log says of both."""
 import hashlib
+import os
 import platform
 import subprocess
 import sys
 import time
 import weakref
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -60,13 +63,59 @@ def pick_device(name: str, local_rank: int, only_told: bool = False) -> torch.de
     return torch.device(name, local_rank)
 
 
+def process_numbers() -> tuple[int, int, int]:
+    """rank, local rank, processes, as torchrun sets them. SystemExit with one line for nonsense."""
+    numbers = []
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise SystemExit(f"{name}={text} in the environment is no number: unset it, or start "
+                             "the run by torchrun")
+        numbers.append(int(text))
+    rank, _, world = numbers
+    if rank >= world:
+        raise SystemExit(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: unset "
+                         "them, or start the run by torchrun")
+    return rank, numbers[1], world
+
+
+# How long processes wait for one another.
+JOIN = timedelta(minutes=10)
+
+
+def join_processes(device: torch.device, rank: int, world: int):
+    """SystemExit with one line where one of them does not come."""
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise SystemExit(f"WORLD_SIZE={world} in the environment, but no MASTER_ADDR and "
+                         "MASTER_PORT: unset it, or start the run by torchrun")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = {}
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # Behind a restart torchrun's store still has the addresses of those before.
+            shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                   world, is_master=False, timeout=JOIN)
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            store = dict(store=dist.PrefixStore(f"attempt {attempt}", shared), rank=rank,
+                         world_size=world)
+        dist.init_process_group(backend, timeout=JOIN, **store)
+    except RuntimeError as e:
+        raise SystemExit(f"process {rank + 1} of {world}: the others did not come within "
+                         f"{JOIN.seconds} s ({str(e).splitlines()[0][:100]})") from None
+
+
+def is_out_of_memory(e: BaseException) -> bool:
+    """torch has no class of its own for a CPU's."""
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
+
+
 def is_available(kind: str) -> bool:
     return getattr(torch, kind).is_available()
 
 
 @cache
 def has_bf16(device: torch.device) -> bool:
-    """Does it compute in bf16 faster than in fp32? Of CUDA cards those from Ampere on."""
+    """Of CUDA cards, those from Ampere on. One that is only told of is taken for such a card."""
     if device.type != "cuda":
         return False
     return not is_available("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -286,7 +335,8 @@ def git_state() -> tuple[str, bool | None]:
     return commit, bool(changes)
 
 
-def environment(device: torch.device, world: int, paths) -> dict:
+def environment(device: torch.device, world: int, checksums, precision: torch.dtype,
+                compiled: bool) -> dict:
     """What a reader needs to run it again besides sources and flags: plain values.
 
     "commit" and "dirty" are git_state's.
@@ -297,11 +347,13 @@ def environment(device: torch.device, world: int, paths) -> dict:
         "torch": torch.__version__,
         "device": device_name(device),
         "processes": world,
+        "precision": str(precision).removeprefix("torch."),
+        "compiled": compiled,
         "threads": torch.get_num_threads(),
         "commit": commit,
         "dirty": dirty,
         "command": sys.argv,
-        "shards": {path: checksum(path) for path in paths},
+        "shards": checksums,
     }
 
 

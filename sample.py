@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from checkpoint import first_line, read
 from train_gpt2 import GPT, ROOT, Config
 
 
@@ -37,15 +38,16 @@ def find(named=None):
 
 def load(path):
     """Checkpoint file -> GPT in eval mode, on the CPU. SystemExit with one line if it is none."""
+    saved = read(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
-        return model.eval()
     except Exception as e:
-        # torch.load has no one error for a damaged file, and that of an empty one says nothing.
-        why = (str(e) or type(e).__name__).splitlines()[0][:100]
-        raise SystemExit(f"{path}: not a checkpoint of this code ({why})") from None
+        # Whatever another version of this code had in its fields and weights.
+        raise SystemExit(f"{path}: not a checkpoint of this code ({first_line(e)})") from None
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise SystemExit(f"{path}: its weights are not finite: the run had diverged")
+    return model.eval()
 
 
 def codec(vocab_size, ranks=None):

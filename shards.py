@@ -34,7 +34,10 @@ def open_shard(path: str):
     if not os.access(path, os.R_OK):
         refuse("may not be read")
     size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=HEADER)
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER)
+    except OSError as e:
+        refuse(f"cannot be opened ({e.strerror}): with many shards, raise `ulimit -n`")
     if len(header) < HEADER or header[0] not in FORMATS:
         refuse("not a token shard (make one with data/text.py)")
     version, dtype = FORMATS[header[0]]
@@ -48,6 +51,8 @@ def open_shard(path: str):
                "truncated or damaged, fetch it again")
     tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
                        shape=(n,))
+    # By which a reader notices that the file has changed.
+    tokens.opened = (size, os.stat(path).st_mtime_ns)
     # In parts, so that the check needs no memory for the whole shard.
     largest = max(int(part.max()) for part in np.array_split(tokens, math.ceil(n / 2**24)))
     if largest >= vocab:
@@ -150,4 +155,5 @@ def refuse_twice(training, validation):
             why = f"a shard is there twice for {kind}: remove one"
             if kind != other_kind:
                 why = "the model would be scored on text it has seen: validate on another shard"
-            raise SystemExit(f"{other} and {path} are the same: {why}")
+            both = f"{other} and {path} are the same" if path != other else f"{path} is both"
+            raise SystemExit(f"{both}: {why}")

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -36,8 +37,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoint
 from afno import AFNO
 from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
+from checkpoint import first_line
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
 from documents import Padded, document_token, fill
@@ -45,9 +48,10 @@ from fan import FAN, FANMLP
 from fftnet import FFTNet
 from flags import choices, make_parser
 from kernels import default_chunk, linear_cross_entropy, softcap
-from machine import (count_activations, count_roles, device_name, device_peak_flops, duration,
-                     environment, flops_per_token, graph_breaks, has_bf16, memory_estimate,
-                     own_sources, peak_memory, pick_device, pick_precision, report)
+from machine import (checksum, count_activations, count_roles, device_name, device_peak_flops,
+                     duration, environment, flops_per_token, graph_breaks, has_bf16,
+                     is_out_of_memory, join_processes, memory_estimate, own_sources, peak_memory,
+                     pick_device, pick_precision, process_numbers, report)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
@@ -174,7 +178,11 @@ class Config:
     val_batch_size: int = 16                         # sequences
     val_loss_every: int = 125                        # steps; 0: at the end only
     train_loss_every: int = 25                       # steps between train lines in the log
-    save_every: int = 0                              # steps between checkpoints; 0: at the end
+    save_every: int = 250                            # steps between checkpoints; 0: at the end
+    keep: int = 1                                    # how many of them; best.pt is kept besides
+    resume: str = ""                                 # go on from auto, a run's folder or checkpoint
+    resume_anyway: bool = False                      # though its flags or its data were others
+    skip_bad_steps: int = 0                          # steps without finite gradients to pass over
     target_val_loss: float = 0.0                     # report the time it takes to reach this
     estimate: bool = False                           # print parameters, FLOPs, memory, time; exit
 
@@ -374,6 +382,8 @@ def parse(argv: list[str] | None = None) -> Config:
         cfg = Config(**typed)
     except ValueError as e:
         parser.error(str(e))
+    if "data" in typed and cfg.input_bin:
+        parser.error("--data with --input_bin and --input_val_bin: two sources of shards: drop one")
     for name in ALWAYS_ACCEPTED:
         if typed.get(name) and name not in cfg.fields_read():
             parser.error(f"--{name} has no effect here, no mixer in use has heads: drop it")
@@ -850,6 +860,8 @@ RAMPS = {
 def ramp_notes(cfg: Config) -> list[str]:
     """A line for each ramp of the optimizer in use that the run is too short for."""
     lines = []
+    if cfg.lr_start and not cfg.warmup_steps:
+        lines.append("note: --lr_start has no effect: so short a run has no warm-up")
     for name, (what, target, value) in RAMPS.items():
         steps = getattr(cfg, name)
         if name in cfg.fields_read() and steps > cfg.num_iterations:
@@ -963,6 +975,23 @@ class Packed(Windows):
     mask_documents = True
 
 
+def refuse_changes(batches):
+    """SystemExit with one line where a shard is not the file that was opened.
+
+    To read behind the end of a mapped file that was cut ends a process without a word.
+    """
+    for tokens in batches.shards:
+        opened = getattr(tokens, "opened", None)
+        try:
+            now = opened and os.stat(tokens.filename)
+        except OSError:
+            # Its name is gone; what is mapped stays.
+            continue
+        if opened and (now.st_size, now.st_mtime_ns) != opened:
+            raise SystemExit(f"{tokens.filename}: has changed while the run read it: put it back, "
+                             "then go on by --resume auto")
+
+
 def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (B, T + 1) -> inputs, targets, each (B, T): a token predicts the next.
 
@@ -977,6 +1006,7 @@ def stream(batches, device: torch.device, start: int = 0):
     A thread prepares the next step while this one runs.
     """
     def prepare(step):
+        refuse_changes(batches)
         parts, predictions = batches.micro_batches(step)
         if device.type == "cuda":
             parts = [(rows.pin_memory(), weight) for rows, weight in parts]
@@ -1148,20 +1178,39 @@ class Log:
 
     That is: sources, flags, machine, versions and checksums of the data.
     """
-    def __init__(self, cfg: Config, device: torch.device, world: int, shards):
-        self.dir = new_folder(cfg)
-        self.file = open(self.dir / "log.txt", "w", buffering=1)
-        self.tty = sys.stdout.isatty()
+    def __init__(self, cfg: Config, facts: dict, folder: Path | None = None):
+        self.dir = folder or new_folder(cfg)
+        self.tty = bool(sys.stdout) and sys.stdout.isatty()
         self.shown = 0.0                             # when progress was last shown
-        for path in own_sources():
-            print(f"=== source {path.name}\n{path.read_text()}", file=self.file)
-        print(f"=== config\n{json.dumps(asdict(cfg))}", file=self.file)
-        print(f"=== env\n{json.dumps(environment(device, world, shards))}", file=self.file)
-        print("=== run", file=self.file)
+        self.deaf = set()                            # places that take no more lines
+        sources = "".join(f"=== source {path.name}\n{path.read_text()}\n"
+                          for path in own_sources())
+        start = (f"{sources}=== config\n{json.dumps(asdict(cfg))}\n"
+                 f"=== env\n{json.dumps(facts)}\n=== run")
+        try:
+            self.file = open(self.dir / "log.txt", "a", buffering=1)
+            if not folder:
+                print(start, file=self.file)
+            elif sources not in (self.dir / "log.txt").read_text():
+                name = time.strftime("log_start_%Y%m%dT%H%M%S.txt", time.gmtime())
+                (self.dir / name).write_text(start)
+        except OSError as e:
+            raise SystemExit(f"{self.dir}: cannot write a log there ({e.strerror})") from None
+
+    def put(self, line: str, file, name: str):
+        """A full disk, a closed pipe or a terminal that is gone end what is told, not the run."""
+        if name in self.deaf:
+            return
+        try:
+            print(line, file=file, flush=True)
+        except (OSError, ValueError) as e:
+            self.deaf.add(name)
+            self(f"note: nothing more is written to {name} ({e})")
 
     def __call__(self, line: str):
-        print(line, file=self.file)
-        print(("\r\033[K" if self.tty else "") + line, flush=True)
+        self.put(line, self.file, "log.txt")
+        if sys.stdout:
+            self.put(("\r\033[K" if self.tty else "") + line, sys.stdout, "stdout")
 
     def wants_progress(self) -> bool:
         return self.tty and time.perf_counter() - self.shown > 1
@@ -1169,33 +1218,79 @@ class Log:
     def progress(self, line: str):
         """A line that overwrites itself and never wraps, on a terminal."""
         width = shutil.get_terminal_size().columns - 1
-        print("\r\033[K" + line[:width], end="", flush=True)
+        try:
+            print("\r\033[K" + line[:width], end="", flush=True)
+        except OSError:
+            self.tty = False
         self.shown = time.perf_counter()
 
 
-def check_finite(kind: str, loss: float, step: int):
-    if not math.isfinite(loss):
-        raise SystemExit(f"step {step}: the {kind} loss is {loss}, and so is all that would follow:"
-                         " lower the learning rates. No checkpoint was overwritten")
+class Watch:
+    """Looks at each step's loss and gradients on their device, and reads what it saw a step later.
 
-
-def save(path: Path, model: GPT, cfg: Config, step: int):
-    """Checkpoint for sampling: weights and config. Renamed when whole: a torn file has no name.
-
-    Raises SystemExit for weights that are not finite, before anything is written.
+    Gradients that are not finite count as zeros, so that they spoil no weight. More of such steps
+    than are allowed end the run.
     """
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise SystemExit(f"step {step}: {bad[0]} and {len(bad) - 1} more weights are not finite: "
-                         "lower the learning rates. No checkpoint was overwritten")
-    torch.save(dict(model=model.state_dict(), config=asdict(cfg), step=step), f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    def __init__(self, model: GPT, allowed: int, say):
+        self.weights = list(model.named_parameters())
+        self.allowed = allowed
+        self.say = say
+        self.bad = 0
+        self.saved = None                            # step of the last checkpoint
+        self.unread = None
+
+    def look(self, step: int, loss: Tensor, stop: Tensor) -> bool:
+        """-> did some process want to stop when this was last called?"""
+        grads = [p.grad for _, p in self.weights]
+        seen = torch.cat((loss[None], stop[None], torch.stack(torch._foreach_norm(grads))))
+        finite = seen.isfinite().all()
+        # On a CPU this reads a number, elsewhere it would wait for the device.
+        if seen.device.type != "cpu" or not finite:
+            for grad in grads:
+                grad.copy_(torch.where(finite, grad, 0))
+        before = self.unread
+        copy = torch.empty(seen.shape, pin_memory=seen.is_cuda).copy_(seen, non_blocking=True)
+        event = torch.cuda.Event() if seen.is_cuda else None
+        if event:
+            event.record()
+        self.unread = (step, copy, event)
+        return self.judge(before)
+
+    def flush(self):
+        """Wait for the last step."""
+        self.judge(self.unread)
+        self.unread = None
+
+    def judge(self, unread) -> bool:
+        if unread is None:
+            return False
+        step, seen, event = unread
+        if event:
+            event.synchronize()
+        if not seen.isfinite().all():
+            self.bad += 1
+            loss = float(seen[0])
+            bad = [name for (name, _), size in zip(self.weights, seen[2:]) if not size.isfinite()]
+            what = f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
+            if not math.isfinite(loss):
+                what = f"the training loss is {loss}"
+            if self.bad > self.allowed:
+                refuse_numbers(step, what, self.saved)
+            self.say(f"note: step {step} had no gradient: {what}; {self.bad} of at most "
+                     f"{self.allowed} such steps")
+        return bool(seen[1] > 0)
+
+
+def refuse_numbers(step: int, what: str, saved: int | None):
+    last = "there is no checkpoint" if saved is None else f"the last good one is of step {saved}"
+    raise SystemExit(f"step {step}: {what}: lower the learning rates. No checkpoint was "
+                     f"overwritten, {last}")
 
 
 class Clock:
     """Training seconds. Waits for the device's queue before it stops; validation is outside."""
-    def __init__(self, device: torch.device):
-        self.total = 0.0
+    def __init__(self, device: torch.device, total: float = 0.0):
+        self.total = total
         self.device = device
         self.start()
 
@@ -1218,6 +1313,7 @@ def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: i
 
     In fp32, as the public baseline validates.
     """
+    refuse_changes(windows)
     B = windows.cfg.val_batch_size
     total = torch.zeros((), dtype=torch.float64)
     for first in range(rank * B, n, world * B):
@@ -1272,37 +1368,95 @@ def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) 
     return report(cfg, model, table, memory, device, data)
 
 
-def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast):
-    """-> the model compiled for these shapes (rows, tokens a row), forward and backward.
+def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say):
+    """-> the model compiled for these shapes (rows, tokens a row), forward and backward; pieces.
 
     Nothing compiles later, inside the clock: a shape has a graph of its own in training and in
     validation. Two passes each, for the first runs in another state of torch's dispatcher, which
-    the loss's inner graph is compiled for, too.
+    the loss's inner graph is compiled for, too. Where memory is short, micro-batches are cut into
+    pieces.
     """
-    torch._dynamo.config.recompile_limit = 64        # graphs of one function; else eager from 8 on
+    # Graphs of one function: from the eighth on it would run uncompiled. The name is of torch 2.7.
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else \
+        "cache_size_limit"
+    setattr(torch._dynamo.config, name, 64)
     forward = torch.compile(model, dynamic=False)
-    passes = [(shape, True) for shape in shapes] + [(shape, False) for shape in val_shapes]
-    for (rows, width), training in passes:
-        model.train(training)
+    pieces = 1
+    for rows, width in shapes:
+        x, y = shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
         for _ in range(2):
-            x, y = shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
-            if training:
-                with autocast():
-                    loss = forward(x, y)
-                loss.backward()
-            else:
-                with torch.no_grad():
-                    forward(x, y)
-    model.train()
+            _, pieces = backward(forward, model, [(x, y, 1.0)], pieces, autocast, say)
     model.zero_grad(set_to_none=True)
-    return forward
+    model.eval()
+    with torch.no_grad():
+        for rows, width in val_shapes:
+            x, y = shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
+            for _ in range(2):
+                forward(x, y)
+    model.train()
+    return forward, pieces
 
 
-def average(model: GPT, loss: Tensor, world: int):
-    """All-reduce gradients and loss at once; each process has weighed its own by its tokens."""
-    tensors = [p.grad for p in model.parameters()] + [loss]
+def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say):
+    """Gradients of a step -> its loss, into how many pieces its micro-batches had to be cut.
+
+    Out of memory, the step is done again by pieces of half as many rows: the same tokens.
+    """
+    while True:
+        try:
+            loss = 0
+            for x, y, weight in micro_batches:
+                for inputs, targets, share in cut(x, y, pieces):
+                    with autocast():
+                        part = share * weight * forward(inputs, targets)
+                    part.backward()
+                    loss = loss + part.detach()
+            return loss, pieces
+        except (MemoryError, RuntimeError) as e:
+            most = max(len(x) for x, _, _ in micro_batches)
+            if not is_out_of_memory(e):
+                raise
+            if pieces >= most:
+                raise SystemExit("a single row does not fit into memory: lower --sequence_length, "
+                                 "take a smaller model, or --recompute block") from None
+        # Outside the except clause, whose traceback holds the tensors of the failed pass.
+        pieces *= 2
+        model.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        say(f"note: out of memory: micro-batches are cut into {pieces} pieces from here on, the "
+            "tokens of a step stay")
+
+
+def cut(x: Tensor, y: Tensor, pieces: int):
+    """A micro-batch -> [(inputs, targets, share of its targets)]"""
+    if pieces == 1:
+        return [(x, y, 1.0)]
+    counts = [(part >= 0).sum().item() for part in y.chunk(pieces)]
+    shares = [count / max(1, sum(counts)) for count in counts]
+    return [piece for piece in zip(x.chunk(pieces), y.chunk(pieces), shares) if piece[2]]
+
+
+def change_of_rate(state, cfg: Config) -> str:
+    """What another num_iterations does to the rate at the step where the run goes on."""
+    step = state["step"]
+    before = replace(cfg, num_iterations=state["config"]["num_iterations"])
+    shares = [SCHEDULES[cfg.schedule][0](step, c) for c in (before, cfg)]
+    if shares[0] == shares[1]:
+        return ""
+    return f"; the learning rate goes from {shares[0]:.3f} of its peak to {shares[1]:.3f}"
+
+
+def average(model: GPT, others, world: int):
+    """All-reduce gradients and other tensors at once; each process has weighed its own by its
+    tokens."""
+    tensors = [p.grad for p in model.parameters()] + others
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as e:
+        raise SystemExit(f"another process is gone ({first_line(e)}): go on from the last "
+                         "checkpoint by --resume auto") from None
     means = (flat / world).split([tensor.numel() for tensor in tensors])
     for tensor, mean in zip(tensors, means):
         tensor.copy_(mean.view_as(tensor))
@@ -1312,11 +1466,17 @@ def main(cfg: Config) -> float | None:
     """Train as cfg says and return the final validation loss in nats per token.
 
     Raises SystemExit with one line for anything the user can mend: missing or damaged shards,
-    impossible sizes. With --estimate it prints and returns None.
+    impossible sizes. With --estimate it prints and returns None. A first SIGINT, SIGTERM or SIGHUP
+    ends the run behind its step, saved, with exit code 128 + signal; a second one at once.
     """
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    with checkpoint.Signals() as signals:
+        return train(cfg, signals)
+
+
+def train(cfg: Config, signals) -> float | None:
+    rank, local_rank, world = process_numbers()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not cfg.resume:
+        cfg = replace(cfg, resume="auto")            # torchrun has replaced what was killed
     device = pick_device(cfg.device, local_rank, only_told=cfg.estimate)
     precision = pick_precision(cfg.dtype, device)
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
@@ -1335,10 +1495,14 @@ def main(cfg: Config) -> float | None:
         return None
 
     # Processes, model, optimizers, log
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        join_processes(device, rank, world)
+    checksums = checkpoint.by_first(lambda: {p: checksum(p) for p in shards | val_shards}, rank)
+    data = {"training": [checksums[path] for path in shards],
+            "validation": [checksums[path] for path in val_shards]}
+    state, path = checkpoint.resumed(cfg, data, rank)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
     torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
@@ -1347,7 +1511,12 @@ def main(cfg: Config) -> float | None:
     n_params = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(table, model.blocks, cfg.sequence_length)
     peak_flops = device_peak_flops(device)
-    log = Log(cfg, device, world, shards | val_shards) if rank == 0 else None
+    log = None
+    if rank == 0:
+        if path:
+            checkpoint.sweep(path.parent)
+        facts = environment(device, world, checksums, precision, compiles(cfg, device))
+        log = Log(cfg, facts, path.parent if path else None)
 
     def say(line):
         if log:
@@ -1358,6 +1527,8 @@ def main(cfg: Config) -> float | None:
         f"{val_batches.targets(val_n):,} tokens")
     for line in ramp_notes(cfg):
         say(line)
+    if cfg.resume and not path:
+        say("note: nothing to go on from fits these flags and these data: a new run")
 
     # Compilation, outside the clock
     if hasattr(torch._functorch.config, "backward_pass_autocast"):
@@ -1365,39 +1536,78 @@ def main(cfg: Config) -> float | None:
         torch._functorch.config.backward_pass_autocast = "off"
     forward = model
     clock = Clock(device)
+    pieces = 1                                       # of a micro-batch, where memory asks for it
     if compiles(cfg, device):
         val_shapes = [(cfg.val_batch_size, int(width)) for width in val_batches.widths]
-        forward = compiled(model, batches.shapes(), val_shapes, device, autocast)
+        say(f"compiles for {len(batches.shapes()) + len(val_shapes)} shapes, outside the clock")
+        forward, pieces = compiled(model, batches.shapes(), val_shapes, device, autocast, say)
         for reason in graph_breaks():
             say(f"note: not compiled as a whole: {reason}")
         torch.manual_seed(cfg.seed + rank)           # as if nothing had been drawn
     compile_time = clock.stop()
 
-    steps = stream(batches, device)
-    clock = Clock(device)
-    reached = None                                   # seconds until target_val_loss
-    tokens = 0
-    losses = torch.zeros((), device=device)          # their sum: never finite again once one is not
-    for step in range(cfg.num_iterations + 1):
+    # Where the run stands: all that a checkpoint holds besides weights, optimizers, random numbers
+    start = 0
+    at = dict(tokens=0, seconds=0.0, compile_seconds=compile_time, best=math.inf, reached=None)
+    watch = Watch(model, cfg.skip_bad_steps, say)
+    if state:
+        start = watch.saved = state["step"]
+        at |= state["progress"]
+        at["compile_seconds"] += compile_time
+        checkpoint.restore(state, model, optimizers, device, rank, world)
+        say(f"goes on from step {start} of {path}" + change_of_rate(state, cfg))
+        state = None                                 # its memory is given back
+
+    def save(step):
+        """By all processes: one writes. A failure is told and the run goes on."""
+        watch.flush()
+        random = checkpoint.random_state(device)
+        if rank:
+            return
+        bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        if bad:
+            refuse_numbers(step, f"the weights {bad[0]} are not finite ({len(bad)} are not)",
+                           watch.saved)
+        try:
+            checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
+            checkpoint.write(log.dir / checkpoint.LAST, dict(
+                model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
+                optimizers=[opt.state_dict() for opt in optimizers], random=random, data=data))
+            watch.saved = step
+        except OSError as e:
+            say(f"note: the checkpoint of step {step} could not be saved ({e}); the run goes on, "
+                f"the last one is of step {watch.saved}")
+
+    signals.listen()
+    steps = stream(batches, device, start)
+    clock = Clock(device, at["seconds"])
+    for step in range(start, cfg.num_iterations + 1):
         last = step == cfg.num_iterations
 
-        # Validate and save, outside the clock
+        # Save, then validate, outside the clock
         validates = last or cfg.val_loss_every and step % cfg.val_loss_every == 0
-        saves = last or cfg.save_every and step and step % cfg.save_every == 0
+        saves = step > start and (last or cfg.save_every and step % cfg.save_every == 0)
         if validates or saves:
-            seconds = clock.stop()
-            check_finite("training", float(losses), step)
+            at["seconds"] = seconds = clock.stop()
+            watch.flush()
+        if saves:
+            save(step)
         if validates:
             model.eval()
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
             say(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} "
                 f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(1, step):.2f}ms")
-            check_finite("validation", val_loss, step)
-            if reached is None and val_loss <= cfg.target_val_loss:
-                reached = seconds
-        if log and saves:
-            save(log.dir / "model.pt", model, cfg, step)
+            if not math.isfinite(val_loss):
+                refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
+            if at["reached"] is None and val_loss <= cfg.target_val_loss:
+                at["reached"] = seconds
+            if val_loss < at["best"]:
+                at["best"] = val_loss
+                if step > start and not saves:
+                    save(step)
+                if log and watch.saved == step and step:
+                    checkpoint.link(log.dir / checkpoint.LAST, log.dir / checkpoint.BEST)
         if last:
             break
         if validates or saves:
@@ -1406,31 +1616,35 @@ def main(cfg: Config) -> float | None:
         # One training step
         set_schedule(optimizers, step, cfg)
         micro_batches, predictions = next(steps)
-        tokens += predictions
-        train_loss = torch.zeros((), device=device)
-        for x, y, weight in micro_batches:
-            with autocast():
-                loss = weight * forward(x, y)
-            loss.backward()
-            train_loss += loss.detach()
+        train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say)
+        stop = torch.tensor(float(signals.caught), device=device)
         if world > 1:
-            average(model, train_loss, world)
-        losses += train_loss
+            average(model, [train_loss, stop], world)
+        stopping = watch.look(step + 1, train_loss, stop)
         clip_gradients(table, cfg)
         for opt in optimizers:
             opt.step()
         model.blocks[0].norm.constrain(table)
         model.zero_grad(set_to_none=True)
+        at["tokens"] += predictions
+
+        # Stop early
+        if stopping and step + 1 < cfg.num_iterations:
+            at["seconds"] = clock.stop()
+            save(step + 1)
+            name = signal.Signals(signals.caught or signal.SIGTERM).name
+            say(f"stopped by {name} after step {step + 1}, saved: go on with "
+                f"--resume {log.dir if log else ''}")
+            steps.close()
+            raise SystemExit(128 + (signals.caught or signal.SIGTERM))
 
         # Tell
         logged = (step + 1) % cfg.train_loss_every == 0
         if logged or log and log.wants_progress():
             seconds = clock.stop()
             train_loss = float(train_loss)
-            if logged:
-                check_finite("training", float(losses), step + 1)
             clock.start()
-            rate = tokens / seconds
+            rate = at["tokens"] / seconds
             text = (f"step:{step + 1}/{cfg.num_iterations} train_loss:{train_loss:.4f} "
                     f"train_time:{1e3 * seconds:.0f}ms "
                     f"step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f}")
@@ -1447,17 +1661,21 @@ def main(cfg: Config) -> float | None:
     if len(val_batches) >= 10 * val_n:
         loss = evaluate(forward, val_batches, 10 * val_n, device, rank, world)
         say(f"val_loss on {val_batches.targets(10 * val_n):,} tokens:{loss:.4f}")
+        if not math.isfinite(loss):
+            refuse_numbers(step, f"the validation loss is {loss}", watch.saved)
     target = ""
     if cfg.target_val_loss:
-        when = "never" if reached is None else f"{reached:.1f}s"
+        when = "never" if at["reached"] is None else f"{at['reached']:.1f}s"
         target = f"time_to_{cfg.target_val_loss}:{when} "
-    say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{tokens} "
-        f"train_time:{clock.total:.1f}s with_compile:{clock.total + compile_time:.1f}s "
+    say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{at['tokens']} "
+        f"train_time:{clock.total:.1f}s with_compile:{clock.total + at['compile_seconds']:.1f}s "
         f"{target}peak_memory:{peak_memory(device)}")
-    if log:
-        print(f"log and checkpoint: {log.dir}")
+    if log and sys.stdout:
+        log.put(f"log and checkpoint: {log.dir}", sys.stdout, "stdout")
     if world > 1:
         dist.destroy_process_group()
+    if log and watch.saved != cfg.num_iterations:
+        raise SystemExit(f"the trained weights could not be saved to {log.dir}")
     return val_loss
 
 

@@ -41,11 +41,7 @@ done
 device=$(value_of device auto "$@")
 out=$(value_of output_dir logs "$@")
 name=$(value_of run_name '' "$@")
-if [[ -z $name ]]; then                  # no other run has it, so that the sample is this run's
-    name=${0##*/}
-    name=${name#run_}
-    name=$(date -u +%Y%m%dT%H%M%S)_${name%.sh}_$$
-fi
+resume=$(value_of resume '' "$@")
 vocab=(--vocab_size "$VOCAB")            # for --estimate before there are shards
 shards=(
     --input_bin "$here$DATA/*_train_*.bin"
@@ -106,7 +102,7 @@ run() {                                  # prints a command as it can be typed, 
     "$@"
 }
 
-as_last_process() (                      # of GPUS: it is refused where they are too many
+as_last_process() (                      # checks as the last of GPUS would, so too many are refused
     export WORLD_SIZE=$GPUS RANK=0 LOCAL_RANK=$((GPUS - 1))
     "$@"
 )
@@ -132,7 +128,7 @@ fi
 
 if [[ $run_race ]]; then
     # A wrong flag ends here, before anything is fetched.
-    as_last_process "$python" "$trainer" "${race_flags[@]}" --run_name "$name" --estimate >/dev/null
+    as_last_process "$python" "$trainer" "${race_flags[@]}" --estimate >/dev/null
     has tiktoken huggingface_hub || install tiktoken huggingface-hub
     if ((${#vocab[@]} > 0)); then
         run "$python" "${here}data/fineweb.py" "$SHARDS" --repo "$REPO" --out "$here$DATA"
@@ -147,7 +143,13 @@ else
     fi
     flags=("${embedded_flags[@]}")
 fi
-flags+=(--run_name "$name")
+checkpoint=$resume
+if [[ ! $resume ]]; then                 # by a name of its own, so that the sample is this run's
+    mixer=$(value_of mixer afno "${flags[@]}")
+    [[ $name ]] || name=$(date -u +%Y%m%dT%H%M%S)_${mixer//,/-}_s$(value_of seed 0 "${flags[@]}")_$$
+    flags+=(--run_name "$name")
+    checkpoint=${out:-.}/$name/model.pt
+fi
 as_last_process "$python" "$trainer" "${flags[@]}" --estimate
 launch=("$python")
 if ((GPUS > 1)); then
@@ -155,4 +157,7 @@ if ((GPUS > 1)); then
 fi
 run "${launch[@]}" "$trainer" "${flags[@]}"
 echo "a sample:"
-run "$python" "${here}sample.py" "${out:-.}/$name/model.pt"
+if [[ $resume == auto ]]; then           # which went on wrote last
+    checkpoint=$(ls -t "${out:-.}"/*/model.pt | head -n 1)
+fi
+run "$python" "${here}sample.py" "$checkpoint"

@@ -9,9 +9,11 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import CheckpointPolicy
 
 import kernels
 import train_gpt2
+from parts import narrow_or_attention
 from tests.checks import awake
 from tests.runs import RECIPES, recipe
 from train_gpt2 import GPT, MIXERS, Config, main, parse
@@ -116,6 +118,14 @@ def test_masks_do_not_break_a_recomputed_block(knobs, monkeypatch):
         masked = compile(backend)(model)(idx)
     assert any("flex_attention" in text for text in seen)
     assert (masked - dense).abs().max() < 1e-4
+
+
+def test_what_cola_keeps_of_attention():
+    """Both kernels' results are kept; FlexAttention's would be computed twice."""
+    for op in (torch.ops.higher_order.flex_attention,
+               torch.ops.aten._scaled_dot_product_flash_attention.default):
+        assert narrow_or_attention(None, op) == CheckpointPolicy.MUST_SAVE
+    assert narrow_or_attention(None, torch.ops.aten.sin.default) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def test_the_compiler_sees_one_operation_however_many_chunks():

@@ -35,7 +35,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def logged():
-    env = machine.environment(CPU, 1, [])
+    env = machine.environment(CPU, 1, {}, torch.float32, False)
     return env["commit"], env["dirty"]
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPS = {"train_gpt2.py": 1500, "parts.py": 380, "kernels.py": 420,
-        "machine.py": 320}                           # lines
+CAPS = {"train_gpt2.py": 1690, "parts.py": 380, "kernels.py": 420,
+        "machine.py": 370}                           # lines
 OTHERS = 280
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
 PAGES = [

@@ -1,12 +1,14 @@
 """sample.py as a user calls it: which checkpoint it takes, and what it refuses, in one line."""
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
 
 import sample
-from train_gpt2 import GPT, Config, save
+from checkpoint import write as write_checkpoint
+from train_gpt2 import GPT, Config
 
 CFG = Config(mixer="attn", n_layer=1, n_head=2, n_embd=16, sequence_length=8, vocab_size=256)
 
@@ -15,7 +17,7 @@ CFG = Config(mixer="attn", n_layer=1, n_head=2, n_embd=16, sequence_length=8, vo
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "model.pt"
     torch.manual_seed(0)
-    save(path, GPT(CFG), CFG, step=0)
+    write_checkpoint(path, dict(model=GPT(CFG).state_dict(), config=asdict(CFG), step=0))
     return path
 
 

@@ -1,4 +1,5 @@
 """The run scripts, as a user starts them; scripts rot where nothing runs them."""
+import json
 import os
 import re
 import shlex
@@ -90,8 +91,9 @@ def test_the_embedded_run_from_check_to_sample(script, tmp_path):
     assert ("no CUDA device" in done.stdout) == (script != "run_fftnet.sh")     # which has no race
     assert "final val_loss:" in done.stdout and "a sample" in done.stdout
     log, = tmp_path.glob("*/log.txt")
-    recipe = script.removeprefix("run_").removesuffix(".sh")
-    assert re.fullmatch(rf"\d{{8}}T\d{{6}}_{recipe}_\d+", log.parent.name)
+    # By what was built, as the trainer names it, and the script's process.
+    mixers = json.loads(re.search(r"\n=== config\n(.*)\n", log.read_text())[1])["mixer"]
+    assert re.fullmatch(rf"\d{{8}}T\d{{6}}_{mixers.replace(',', '-')}_s0_\d+", log.parent.name)
     assert done.stderr.endswith(f"checkpoint: {log.parent}/model.pt\n")
 
 
@@ -275,7 +277,7 @@ def test_paths_are_the_callers(tmp_path):
                "--input_bin", "my/tr*.bin", "--input_val_bin", "my/val.bin", cwd=tmp_path)
     assert done.returncode == 0 and "a sample:" in done.stdout, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"my", "numpy.py", "out", "torch"}
-    assert {path.name for path in (tmp_path / "out/mine").iterdir()} == {"log.txt", "model.pt"}
+    assert {path.name for path in (tmp_path / "out/mine").iterdir()} == {"best.pt", "log.txt", "model.pt"}
     assert done.stderr.endswith("checkpoint: out/mine/model.pt\n")
     assert "=== config\n" in (text := (tmp_path / "out/mine/log.txt").read_text())
     assert '"my/train.bin"' in text and str(ROOT) in done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import train_gpt2
+import checkpoint
 from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, torchrun, train,
                         weights)
 from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config
@@ -157,8 +157,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(shards, tmp_path, train_loss_ev
     with pytest.raises(SystemExit) as e:
         train(tmp_path, **shards, **DIVERGES, train_loss_every=train_loss_every, val_loss_every=0,
               save_every=1)
-    assert re.fullmatch(r"step \d: (the training loss is|\S+ and \d+ more weights are not) .*",
-                        str(e.value))
+    assert re.match(r"step \d: (the training loss is|the gradient of|the weights) ", str(e.value))
     for path in tmp_path.glob("*/model.pt"):
         assert all(p.isfinite().all() for p in weights(path.parent)["model"].values())
 
@@ -171,7 +170,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(shards, tmp_path, mo
 
 
 def test_one_bad_loss_between_logged_steps_is_seen(shards, tmp_path, monkeypatch):
-    """The loss of step 2 is NaN, that of later ones is not: the sum of all tells."""
+    """The loss of step 2 is NaN, that of later ones is not."""
     forward = GPT.forward
     calls = []
 
@@ -180,20 +179,19 @@ def test_one_bad_loss_between_logged_steps_is_seen(shards, tmp_path, monkeypatch
         return forward(self, idx, targets) * (math.nan if sum(calls) == 2 else 1.0)
 
     monkeypatch.setattr(GPT, "forward", once_bad)
-    monkeypatch.setattr("torch.optim.AdamW.step", lambda self: None)
-    with pytest.raises(SystemExit, match="step 5: the training loss is nan"):
+    with pytest.raises(SystemExit, match="step 2: the training loss is nan"):
         train(tmp_path, **shards, train_loss_every=25, val_loss_every=0)
     assert not list(tmp_path.glob("*/model.pt"))
 
 
 def test_the_clock_stands_still_while_a_checkpoint_is_saved(shards, tmp_path, monkeypatch):
-    save = train_gpt2.save
+    write = checkpoint.write
 
     def slow(*args):
         time.sleep(0.5)
-        save(*args)
+        write(*args)
 
-    monkeypatch.setattr("train_gpt2.save", slow)
+    monkeypatch.setattr(checkpoint, "write", slow)
     _, folder = train(tmp_path, **shards, save_every=1)
     seconds = FINAL.search((folder / "log.txt").read_text())[4]
     assert float(seconds) < 1.0                             # of the five savings' 2.5

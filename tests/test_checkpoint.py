@@ -1,0 +1,579 @@
+"""Runs that are killed, stopped, poisoned or starved: nothing is lost, and what goes on is exact."""
+import errno
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import train_gpt2
+from tests.runs import TINY, knobs_of, steps, train, weights
+from train_gpt2 import GPT, ROOT, Config, main
+
+TRAIN = dict(TINY, num_iterations=8, val_loss_every=4, save_every=2, train_loss_every=1)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step, monkeypatch):
+    """The run dies in its step of that number, counted from 0."""
+    real = train_gpt2.set_schedule
+
+    def set_schedule(optimizers, now, cfg):
+        if now == step:
+            raise Crash
+        real(optimizers, now, cfg)
+
+    monkeypatch.setattr(train_gpt2, "set_schedule", set_schedule)
+
+
+def run(out, **knobs):
+    return train(out, **TRAIN | knobs)
+
+
+def told(folder):
+    """The lines of a log, without the sources."""
+    return (folder / "log.txt").read_text().split("\n=== run\n")[1]
+
+
+def same(a, b):
+    """Two nested states, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def exact(one, other):
+    """Weights, optimizers and random numbers of two runs' last checkpoints; their losses."""
+    a, b = weights(one), weights(other)
+    for part in ("model", "optimizers", "random", "step"):
+        assert same(a[part], b[part]), part
+    assert a["progress"]["tokens"] == b["progress"]["tokens"]
+    assert steps(one, "train")[-2:] == steps(other, "train")[-2:]
+    assert steps(one, "val")[-1] == steps(other, "val")[-1]
+
+
+# ---------------- going on
+
+DOCUMENTS = dict(document_token=3)
+CASES = {
+    "adamw": dict(), "muon": dict(optim="muon"), "ademamix": dict(optim="ademamix"),
+    "soap": dict(optim="soap", soap_frequency=3),
+    "dropout": dict(dropout=0.2), "accumulation": dict(grad_accumulation_steps=3, batch_size=2),
+    "packed": dict(batches="packed", **DOCUMENTS), "padded": dict(batches="padded", **DOCUMENTS),
+    "in order": dict(shuffle=False), "epochs": dict(batch_size=40, num_iterations=24),
+    "switches": dict(optim="muon", value_residual=True, x0_shortcut=True, residual="gpas"),
+    "ngpt": dict(mixer="ngpt", norm="ngpt", residual="ngpt", mlp="ngpt", zero_init=False,
+                 embed_norm=False, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("crash", [3, 6])
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_goes_on_bit_for_bit(shards, tmp_path, monkeypatch, case, crash):
+    if case in ("ademamix", "soap"):
+        pytest.importorskip("pytorch_optimizer")
+    knobs = knobs_of("attn", **shards) | CASES[case]
+    loss, whole = run(tmp_path / "whole", **knobs)
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(crash, patch)
+        run(tmp_path / "cut", **knobs)
+    again, cut = run(tmp_path / "cut", **knobs, resume="auto")
+    assert again == loss and len(list((tmp_path / "cut").iterdir())) == 1
+    exact(whole, cut)
+    assert f"\ngoes on from step {crash // 2 * 2} of " in (cut / "log.txt").read_text()
+
+
+def test_a_run_may_become_longer(shards, tmp_path):
+    """From before the warm-down nothing jumps; from within it, the log says by how much."""
+    knobs = dict(shards, warmdown_iters=2)
+    _, whole = run(tmp_path / "whole", **knobs, num_iterations=12)
+    _, short = run(tmp_path / "short", **knobs, keep=9)
+    assert "goes on from" not in told(short)
+    middle = short / "model_0000006.pt"
+    main(Config(**TRAIN | knobs | dict(num_iterations=12, resume=str(middle))))
+    exact(whole, short)
+    assert "the learning rate" not in told(short)
+    main(Config(**TRAIN | knobs | dict(num_iterations=14, resume=str(short))))
+    assert "the learning rate goes from 0.000 of its peak to 1.000" in told(short)
+
+
+def test_what_differs_is_named(shards, tmp_path):
+    _, folder = run(tmp_path / "a", **shards)
+    other = tmp_path / "other.bin"
+    data = bytearray(Path(shards["input_val_bin"]).read_bytes())
+    data[1024:1026] = (5).to_bytes(2, "little")
+    other.write_bytes(data)
+    for knobs, words in ((dict(learning_rate=0.5), "--learning_rate is 0.5, was 0.003"),
+                         (dict(input_val_bin=str(other)), "the validation shards are others"),
+                         (dict(num_iterations=4), "--num_iterations is 4, was 8")):
+        with pytest.raises(SystemExit, match=words):
+            main(Config(**TRAIN | shards | knobs | dict(resume=str(folder))))
+    knobs = dict(learning_rate=0.5, num_iterations=9, resume=str(folder), resume_anyway=True)
+    main(Config(**TRAIN | shards | knobs))
+    assert weights(folder)["optimizers"][0]["param_groups"][0]["peak_lr"] == 0.5
+    # auto takes what fits, or starts anew and says so.
+    _, fresh = train(tmp_path / "a", **TRAIN | shards | dict(seed=9, resume="auto"))
+    assert fresh != folder and "nothing to go on from fits" in (fresh / "log.txt").read_text()
+
+
+def test_last_best_and_some_more_are_kept(shards, tmp_path, monkeypatch):
+    values = iter([4.0, 3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0])
+    monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: next(values))
+    _, folder = run(tmp_path, **shards, val_loss_every=1, save_every=1, keep=3)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best.pt", "log.txt", "model.pt", "model_0000006.pt", "model_0000007.pt"]
+    saved = {name: checkpoint.read(folder / name)["step"]
+             for name in ("model.pt", "best.pt", "model_0000006.pt")}
+    assert saved == {"model.pt": 8, "best.pt": 2, "model_0000006.pt": 6}
+
+
+def test_a_checkpoint_is_there_before_the_validation(shards, tmp_path, monkeypatch):
+    def evaluate(*args):
+        seen.append(sorted(path.name for path in tmp_path.glob("*/*.pt")))
+        return 1.0
+
+    seen = []
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    run(tmp_path, **shards)
+    assert seen[0] == [] and "model.pt" in seen[1]
+
+
+# ---------------- kills and signals
+
+def driven(tmp_path, kills, number, **config):
+    plan = tmp_path / "plan.json"
+    config = TRAIN | config | dict(output_dir=str(tmp_path / "cut"), run_name="")
+    plan.write_text(json.dumps(dict(config=config, kills=kills, signal=number)))
+    done = subprocess.run([sys.executable, ROOT / "tests/faults.py", plan], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+LONG = dict(num_iterations=40, save_every=1, val_loss_every=10, optim="muon", dropout=0.1,
+            train_loss_every=10)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_thirty_kills_at_random_moments(shards, tmp_path):
+    """Each run goes on from what the last left; half of the time is spent in saving."""
+    knobs = dict(shards, **LONG | dict(num_iterations=600))
+    _, whole = run(tmp_path / "whole", **knobs)
+    moments = random.Random(0)
+    kills = [moments.uniform(0, 0.4) for _ in range(30)] + [None]
+    codes, errors = driven(tmp_path, kills, signal.SIGKILL, **knobs, resume="auto")
+    assert codes == 30 * [-signal.SIGKILL] + [0], errors
+    # The last that trained. Earlier ones may have died before their first checkpoint.
+    folder = max((path for path in (tmp_path / "cut").iterdir() if (path / "model.pt").exists()),
+                 key=lambda path: (path / "model.pt").stat().st_mtime_ns)
+    a, b = weights(whole), weights(folder)
+    assert all(same(a[part], b[part]) for part in ("model", "optimizers", "random", "step"))
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_the_run_saved(shards, tmp_path, name):
+    number = getattr(signal, name)
+    knobs = dict(shards, **LONG | dict(save_every=0, val_loss_every=0, num_iterations=400))
+    codes, _ = driven(tmp_path, [1.0], number, **knobs)
+    folder, = (tmp_path / "cut").iterdir()
+    assert codes == [128 + number]
+    log = (folder / "log.txt").read_text()
+    step = weights(folder)["step"]
+    assert f"\nstopped by {name} after step {step}, saved: go on with --resume {folder}\n" in log
+    codes, _ = driven(tmp_path, [None], number, **knobs, resume=str(folder))
+    _, whole = run(tmp_path / "whole", **knobs)
+    assert codes == [0]
+    exact(whole, folder)
+
+
+def test_a_killed_process_of_two_is_replaced(shards, tmp_path):
+    """torchrun starts both anew, which go on from the last checkpoint by themselves."""
+    knobs = TRAIN | shards | LONG | dict(output_dir=str(tmp_path / "cut"), run_name="run",
+                                         num_iterations=60, train_loss_every=1)
+    flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+             for name, value in knobs.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1", "train_gpt2.py", *flags]
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+
+    def start(*more):
+        return subprocess.Popen([*command, *more], cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True)
+
+    victim = start()
+    folder = tmp_path / "cut/run"
+    deadline = time.monotonic() + 60
+    while not (folder / "best.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(victim.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    errors = victim.communicate(timeout=120)[1]
+    assert victim.returncode == 0, errors
+    whole = start(f"--output_dir={tmp_path / 'whole'}")
+    assert whole.wait(timeout=120) == 0
+    assert "\ngoes on from step " in (folder / "log.txt").read_text()
+    exact(tmp_path / "whole/run", folder)
+
+
+# ---------------- files that are no checkpoints
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("saved") / "model.pt"
+    state = dict(model={"weight": torch.randn(300)}, config={}, step=3, optimizers=[])
+    checkpoint.write(path, state)
+    return path
+
+
+def refused(path):
+    with pytest.raises(SystemExit) as e:
+        checkpoint.read(path)
+    assert str(path) in e.value.code and "\n" not in e.value.code and len(e.value.code) < 400
+    return e.value.code
+
+
+def test_a_flipped_bit_is_seen_wherever_it_matters(saved, tmp_path):
+    """In any record's bytes, names and checksums; elsewhere it may be refused or change nothing."""
+    good = checkpoint.read(saved)
+    content = saved.read_bytes()
+    with zipfile.ZipFile(saved) as f:
+        spans = [(i.header_offset + 30 + len(i.filename.encode()), i.file_size) for i in f.infolist()]
+    path = tmp_path / "flipped.pt"
+    rng = random.Random(0)
+    places = [len(content) - i for i in (1, 10, 30)] + [rng.randrange(len(content)) for _ in range(60)]
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert same(checkpoint.read(path), good), place
+        except SystemExit as e:
+            assert "\n" not in e.code
+    # Inside the weights it is always refused.
+    start = content.index(good["model"]["weight"].numpy().tobytes())
+    for place in range(start, start + 1200, 60):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        assert "damaged" in refused(path)
+    assert spans
+
+
+def test_a_cut_file_is_refused(saved, tmp_path):
+    content = saved.read_bytes()
+    path = tmp_path / "cut.pt"
+    for share in range(20):
+        path.write_bytes(content[:len(content) * share // 20])
+        refused(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EVIL"],)
+
+
+def test_foreign_and_evil_files_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    path.write_bytes(pickle.dumps(Evil()))
+    refused(path)
+    torch.save(dict(model=Evil(), config={}, step=0), path)
+    refused(path)
+    assert not (tmp_path / "evil").exists()
+    torch.save([1, 2], path)
+    refused(path)
+    torch.save(dict(weights=torch.zeros(3)), path)
+    assert "it has no config" in refused(path)
+    with zipfile.ZipFile(path, "w") as f:
+        f.writestr("hello", "world")
+    refused(path)
+    path.unlink()
+    assert "no such file" in refused(path)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(path)
+        assert "no such file" in refused(path)
+
+
+def test_weights_alone_are_not_enough_to_go_on(shards, tmp_path):
+    _, folder = run(tmp_path, **shards)
+    state = weights(folder)
+    del state["optimizers"]
+    torch.save(state, folder / "model.pt")
+    with pytest.raises(SystemExit, match="holds weights only"):
+        main(Config(**TRAIN | shards | dict(resume=str(folder))))
+
+
+# ---------------- disks
+
+def test_a_full_disk_does_not_end_the_run(shards, tmp_path, monkeypatch):
+    """Saves of steps 4 and 6 fail: told, nothing torn is left, the last good one stays."""
+    reserve = checkpoint.reserve
+
+    def full(f, state):
+        if state["step"] in (4, 6):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(f, state)
+
+    monkeypatch.setattr(checkpoint, "reserve", full)
+    loss, folder = run(tmp_path, **shards)
+    log = (folder / "log.txt").read_text()
+    assert log.count("could not be saved ([Errno 28] No space left on device)") >= 2
+    assert "the last one is of step 2" in log
+    assert weights(folder)["step"] == 8 and not list(folder.glob("*.tmp"))
+
+
+def test_a_disk_that_stays_full_is_an_error_at_the_end(shards, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "reserve", full)
+    with pytest.raises(SystemExit, match="the trained weights could not be saved to "):
+        run(tmp_path, **shards)
+    log = next(tmp_path.glob("*/log.txt")).read_text()
+    assert "final val_loss:" in log and not list(tmp_path.glob("*/*.pt*"))
+
+
+def test_files_that_may_not_grow(shards, tmp_path):
+    """A real limit, of the system's: nothing larger than 4 KiB more than the log so far."""
+    resource = pytest.importorskip("resource")
+    code = ("import resource, sys; from train_gpt2 import *\n"
+            "real = train_gpt2.evaluate if 0 else evaluate\n"
+            "import train_gpt2\n"
+            "def limited(*a):\n"
+            "    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); return real(*a)\n"
+            "train_gpt2.evaluate = limited\n"
+            "train_gpt2.main(parse())")
+    flags = ["--output_dir", str(tmp_path), "--num_iterations=2", "--val_tokens=256",
+             "--save_every=1", "--sequence_length=32", "--device=cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert resource and done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "could not be saved" in done.stdout and "final val_loss" in done.stdout
+    assert not list(tmp_path.glob("*/*.pt*"))
+
+
+def test_a_folder_that_vanishes_comes_back(shards, tmp_path, monkeypatch):
+    real = train_gpt2.set_schedule
+
+    def set_schedule(optimizers, step, cfg):
+        if step == 5:
+            shutil.rmtree(next(tmp_path.iterdir()))
+        real(optimizers, step, cfg)
+
+    monkeypatch.setattr(train_gpt2, "set_schedule", set_schedule)
+    _, folder = run(tmp_path, **shards)
+    assert weights(folder)["step"] == 8
+
+
+# ---------------- bad numbers
+
+def poison(monkeypatch, step, name, place=0, value=math.nan):
+    """The gradient of a tensor at one step, after it was made. Steps count from 1."""
+    real = train_gpt2.backward
+    count = []
+
+    def backward(forward, model, *args):
+        result = real(forward, model, *args)
+        count.append(0)
+        if len(count) == step:
+            dict(model.named_parameters())[name].grad.view(-1)[place] = value
+        return result
+
+    monkeypatch.setattr(train_gpt2, "backward", backward)
+
+
+UNUSED_ROW = 127 * 32                                       # of the padded vocabulary of 24
+
+
+@pytest.mark.parametrize("every", [1, 5, 1000])
+@pytest.mark.parametrize("name, place", [("blocks.0.mlp.fc.weight", 7), ("wte.weight", UNUSED_ROW)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_gradient_ends_the_run(shards, tmp_path, monkeypatch, every, name, place, value):
+    poison(monkeypatch, 5, name, place, value)
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path, **shards, train_loss_every=every, save_every=1)
+    assert re.fullmatch(rf"step 5: the gradient of {name} is not finite .* the last good one is of "
+                        r"step 4", e.value.code)
+    for path in tmp_path.glob("*/*.pt"):
+        assert all(p.isfinite().all() for p in checkpoint.read(path)["model"].values())
+    assert weights(next(tmp_path.iterdir()))["step"] == 4
+
+
+@pytest.mark.parametrize("place", [3, UNUSED_ROW])
+def test_bad_weights_are_never_saved(shards, tmp_path, monkeypatch, place):
+    real = train_gpt2.set_schedule
+
+    def set_schedule(optimizers, step, cfg):
+        if step == 5:
+            with torch.no_grad():
+                optimizers[0].param_groups[0]["params"][0].view(-1)[place] = math.inf
+        real(optimizers, step, cfg)
+
+    monkeypatch.setattr(train_gpt2, "set_schedule", set_schedule)
+    with pytest.raises(SystemExit, match="not finite|loss is nan"):
+        run(tmp_path, **shards, train_loss_every=1000)
+    assert weights(next(tmp_path.iterdir()))["step"] == 4
+
+
+def test_bad_steps_may_be_passed_over(shards, tmp_path, monkeypatch):
+    poison(monkeypatch, 3, "wte.weight")
+    _, folder = run(tmp_path, **shards, skip_bad_steps=1)
+    log = (folder / "log.txt").read_text()
+    assert "note: step 3 had no gradient: the gradient of wte.weight is not finite (1 are not); " \
+           "1 of at most 1 such steps" in log
+    assert weights(folder)["step"] == 8
+
+
+# ---------------- memory
+
+@pytest.mark.parametrize("batches", ["windows", "padded"])
+def test_out_of_memory_cuts_micro_batches(shards, tmp_path, monkeypatch, batches):
+    """More than three rows do not fit: the same steps, in pieces."""
+    knobs = dict(shards) | (dict(batches=batches, **DOCUMENTS) if batches == "padded" else {})
+    loss, _ = run(tmp_path / "whole", **knobs)
+    real = GPT.forward
+
+    def forward(self, idx, targets=None):
+        if self.training and len(idx) > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return real(self, idx, targets)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    cut, folder = run(tmp_path / "cut", **knobs)
+    assert cut == pytest.approx(loss, abs=1e-5)
+    assert (folder / "log.txt").read_text().count("note: out of memory") >= 2
+
+
+def test_a_row_that_does_not_fit_is_one_line(shards, tmp_path, monkeypatch):
+    def forward(self, idx, targets=None):
+        if self.training:
+            raise MemoryError
+        return torch.tensor(3.0)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    with pytest.raises(SystemExit, match="a single row does not fit into memory"):
+        run(tmp_path, **shards)
+
+
+# ---------------- shards that change
+
+def copied(shards, folder):
+    folder.mkdir()
+    paths = {}
+    for name, kind in (("input_bin", "train_0.bin"), ("input_val_bin", "val.bin")):
+        source = Path(shards[name]).with_name(kind)
+        paths[name] = str(shutil.copy(source, folder / kind))
+    return paths
+
+
+@pytest.mark.parametrize("change", ["cut", "tokens"])
+@pytest.mark.parametrize("kind", ["input_bin", "input_val_bin"])
+def test_a_shard_that_changes_is_one_line(shards, tmp_path, monkeypatch, change, kind):
+    """To read a cut one would end the process without a word (SIGBUS)."""
+    paths = copied(shards, tmp_path / "data")
+    real = train_gpt2.set_schedule
+
+    def set_schedule(optimizers, step, cfg):
+        if step == 3:
+            with open(paths[kind], "r+b") as f:
+                if change == "cut":
+                    f.truncate(1100)
+                else:
+                    f.seek(1024)
+                    f.write(np.full(200, 7, "<u2").tobytes())
+            os.utime(paths[kind], (1, 1))
+        real(optimizers, step, cfg)
+
+    monkeypatch.setattr(train_gpt2, "set_schedule", set_schedule)
+    with pytest.raises(SystemExit, match="has changed while the run read it"):
+        run(tmp_path / "out", **paths)
+
+
+def test_a_shard_that_vanishes_is_still_mapped(shards, tmp_path, monkeypatch):
+    paths = copied(shards, tmp_path / "data")
+    real = train_gpt2.set_schedule
+
+    def set_schedule(optimizers, step, cfg):
+        Path(paths["input_bin"]).unlink(missing_ok=True)
+        real(optimizers, step, cfg)
+
+    monkeypatch.setattr(train_gpt2, "set_schedule", set_schedule)
+    run(tmp_path / "out", **paths)
+
+
+# ---------------- terminals, environments, other processes
+
+FLAGS = ["--num_iterations=3", "--val_tokens=256", "--train_loss_every=1", "--sequence_length=32",
+         "--device=cpu", "--n_layer=1", "--n_embd=32"]
+
+
+@pytest.mark.parametrize("shell", ["{} >&-", "{} >/dev/full", "{} | head -n 1", "{} >&- 2>&- <&-"])
+def test_a_closed_stdout_does_not_end_the_run(tmp_path, shell):
+    if "/dev/full" in shell and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    command = f"{sys.executable} train_gpt2.py {' '.join(FLAGS)} --output_dir {tmp_path}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell.format(command)], cwd=ROOT,
+                          capture_output=True, text=True)
+    log = next(tmp_path.glob("*/log.txt")).read_text()
+    assert "final val_loss:" in log and list(tmp_path.glob("*/model.pt"))
+    assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("env, words", [
+    (dict(RANK="x"), "RANK=x in the environment is no number"),
+    (dict(WORLD_SIZE="0"), "RANK=0 and WORLD_SIZE=0"),
+    (dict(WORLD_SIZE="-1"), "WORLD_SIZE=-1 in the environment is no number"),
+    (dict(RANK="2", WORLD_SIZE="2"), "RANK=2 and WORLD_SIZE=2"),
+    (dict(WORLD_SIZE="2"), "no MASTER_ADDR"),
+])
+def test_an_odd_environment_is_one_line(shards, tmp_path, monkeypatch, env, words):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=re.escape(words)):
+        run(tmp_path, **shards)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_never_comes_is_one_line():
+    code = ("import machine, datetime; machine.JOIN = datetime.timedelta(seconds=2)\n"
+            "import train_gpt2; train_gpt2.main(train_gpt2.parse(['--device=cpu']))")
+    env = os.environ | dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29751")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "process 1 of 2: the others did not come within 2 s" in done.stderr.splitlines()[-1]
+
+
+def test_what_was_being_written_is_swept(shards, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_at(5, patch)
+        run(tmp_path, **shards)
+    folder = next(tmp_path.iterdir())
+    (folder / "model.pt.tmp").write_bytes(b"torn")
+    run(tmp_path, **shards, resume="auto")
+    assert not list(folder.glob("*.tmp"))
