@@ -125,11 +125,13 @@ def read(path, mmap: bool = False) -> dict:
                 raise SystemExit(f"{path}: damaged, {damaged} is not what was saved: take another "
                                  "checkpoint")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        missing = {"model", "config", "step"} - state.keys()
     except Exception as e:
         # Neither zipfile nor torch.load has one error for a cut, damaged, foreign or evil file.
         raise SystemExit(f"{path}: cut off, damaged or not a checkpoint of this code "
                          f"({first_line(e)})") from None
+    missing = {"model", "config", "step"}
+    if isinstance(state, dict):
+        missing -= state.keys()
     if missing:
         raise SystemExit(f"{path}: not a checkpoint of this code (it has no {min(missing)})")
     return state
@@ -175,9 +177,10 @@ def differences(state: dict, cfg, data) -> list[str]:
 
 def by_first(compute, rank: int):
     """What the first process computes, in all of them."""
+    if not dist.is_initialized():
+        return compute()
     result = [compute() if rank == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(result)
+    dist.broadcast_object_list(result)
     return result[0]
 
 

@@ -1247,7 +1247,7 @@ class Watch:
         # On a CPU this reads a number, elsewhere it would wait for the device.
         if seen.device.type != "cpu" or not finite:
             for grad in grads:
-                grad.copy_(torch.where(finite, grad, 0))
+                grad.masked_fill_(~finite, 0)
         before = self.unread
         copy = torch.empty(seen.shape, pin_memory=seen.is_cuda).copy_(seen, non_blocking=True)
         event = torch.cuda.Event() if seen.is_cuda else None
@@ -1558,7 +1558,7 @@ def train(cfg: Config, signals) -> float | None:
         say(f"goes on from step {start} of {path}" + change_of_rate(state, cfg))
         state = None                                 # its memory is given back
 
-    def save(step):
+    def save(step, best=False):
         """By all processes: one writes. A failure is told and the run goes on."""
         watch.flush()
         random = checkpoint.random_state(device)
@@ -1569,11 +1569,14 @@ def train(cfg: Config, signals) -> float | None:
             refuse_numbers(step, f"the weights {bad[0]} are not finite ({len(bad)} are not)",
                            watch.saved)
         try:
-            checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
-            checkpoint.write(log.dir / checkpoint.LAST, dict(
-                model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
-                optimizers=[opt.state_dict() for opt in optimizers], random=random, data=data))
-            watch.saved = step
+            if watch.saved != step:
+                checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
+                checkpoint.write(log.dir / checkpoint.LAST, dict(
+                    model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
+                    optimizers=[opt.state_dict() for opt in optimizers], random=random, data=data))
+                watch.saved = step
+            if best:
+                checkpoint.link(log.dir / checkpoint.LAST, log.dir / checkpoint.BEST)
         except OSError as e:
             say(f"note: the checkpoint of step {step} could not be saved ({e}); the run goes on, "
                 f"the last one is of step {watch.saved}")
@@ -1604,10 +1607,8 @@ def train(cfg: Config, signals) -> float | None:
                 at["reached"] = seconds
             if val_loss < at["best"]:
                 at["best"] = val_loss
-                if step > start and not saves:
-                    save(step)
-                if log and watch.saved == step and step:
-                    checkpoint.link(log.dir / checkpoint.LAST, log.dir / checkpoint.BEST)
+                if step > start:
+                    save(step, best=True)
         if last:
             break
         if validates or saves:
@@ -1632,11 +1633,11 @@ def train(cfg: Config, signals) -> float | None:
         if stopping and step + 1 < cfg.num_iterations:
             at["seconds"] = clock.stop()
             save(step + 1)
-            name = signal.Signals(signals.caught or signal.SIGTERM).name
-            say(f"stopped by {name} after step {step + 1}, saved: go on with "
-                f"--resume {log.dir if log else ''}")
+            number = signals.caught or signal.SIGTERM    # another process may have caught it
+            say(f"stopped by {signal.Signals(number).name} after step {step + 1}, the last "
+                f"checkpoint is of step {watch.saved}: go on with --resume {log and log.dir}")
             steps.close()
-            raise SystemExit(128 + (signals.caught or signal.SIGTERM))
+            raise SystemExit(128 + number)
 
         # Tell
         logged = (step + 1) % cfg.train_loss_every == 0

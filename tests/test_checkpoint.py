@@ -201,7 +201,8 @@ def test_a_signal_ends_the_run_saved(shards, tmp_path, name):
     assert codes == [128 + number]
     log = (folder / "log.txt").read_text()
     step = weights(folder)["step"]
-    assert f"\nstopped by {name} after step {step}, saved: go on with --resume {folder}\n" in log
+    assert (f"\nstopped by {name} after step {step}, the last checkpoint is of step {step}: go on "
+            f"with --resume {folder}\n") in log
     codes, _ = driven(tmp_path, [None], number, **knobs, resume=str(folder))
     _, whole = run(tmp_path / "whole", **knobs)
     assert codes == [0]
