@@ -14,18 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from machine import first_line
+
 LAST = "model.pt"
 BEST = "best.pt"
 
-# Fields that may differ when a run goes on: where it runs, and what it tells. num_iterations may
-# grow, and what the run then does is said.
+# Fields that may differ when a run goes on: where it runs, and what it tells. num_iterations may be
+# another, and what the rate then does is said.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "device", "compile",
         "val_batch_size", "val_loss_every", "train_loss_every", "save_every", "keep",
         "target_val_loss", "estimate", "resume", "resume_anyway", "skip_bad_steps"}
-
-
-def first_line(e: BaseException) -> str:
-    return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
 # --------------------------------------------------------------------------------------------------

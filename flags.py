@@ -1,4 +1,4 @@
-"""The command line, made from the fields of a dataclass and the comments in its source.
+"""The command line, made from the fields of a dataclass and its comments; what numbers may be.
 
 A comment line of its own, up to its first full stop, is a heading; the comment behind a field is
 the flag's help. Whatever is wrong is one line on stderr and exit code 1.
@@ -6,8 +6,46 @@ the flag's help. Whatever is wrong is one line on stderr and exit code 1.
 import argparse
 import difflib
 import inspect
+import math
 import re
+import sys
 from dataclasses import fields
+
+# What a number may be, (lowest, highest): no real model reaches the highest sizes, and beyond them
+# torch hangs or overflows.
+ANY_INT = (0, 2**31 - 1)
+ANY_FLOAT = (0.0, sys.float_info.max)
+SHARE = (0.0, 1.0)
+BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
+RANGES = {
+    "n_layer": (1, 1024), "n_embd": (1, 2**16), "vocab_size": (0, 2**24), "mlp_ratio": (0.25, 1024),
+    "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
+    "grad_accumulation_steps": (1, 2**20), "num_iterations": (1, 2**31 - 1),
+    "val_tokens": (1, 2**40), "train_loss_every": (1, 2**31 - 1), "seed": (0, 2**63 - 1),
+    "warmup_iters": (-1, 2**31 - 1), "warmdown_iters": (-1, 2**31 - 1),
+    "document_token": (-1, 2**31 - 1),
+    # Beyond these the soft-cap or the softmax saturates, and the loss stands still.
+    "logit_softcap": (1.0, 1e4), "logit_scale": (1e-4, 100.0),
+    "afno_poles": (2, 4096), "afno_hard_thresholding_fraction": SHARE, "fan_ratio": (0.0, 0.5),
+    "cola_rank": (0, 2**16), "fftnet_hidden": (0, 2**20), "gdn_chunk": (1, 2**24),
+    "soap_frequency": (1, 2**31 - 1), "soap_beta": BELOW_ONE,
+    "lr_start": SHARE, "lr_end": SHARE, "dropout": BELOW_ONE, "muon_momentum": BELOW_ONE,
+    "adam_beta1": BELOW_ONE, "adam_beta2": BELOW_ONE, "ademamix_beta3": (1e-6, BELOW_ONE[1]),
+}
+LIMITS = {ANY_FLOAT[1]: "finite", BELOW_ONE[1]: "below 1"}
+OFF_AT_ZERO = ("logit_softcap",)
+# int64 tokens of a step are 8 GiB then.
+LARGEST_STEP = 2**30
+
+
+def check_number(name: str, kind: type, value: float):
+    """ValueError where a field's value is outside its range; NaN is in none."""
+    low, high = RANGES.get(name, ANY_INT if kind is int else ANY_FLOAT)
+    off = name in OFF_AT_ZERO
+    if not (low <= value <= high or off and value == 0):
+        top = LIMITS.get(high, f"at most {high:,}")
+        raise ValueError(f"--{name} {value} is out of range: at least {low:g} and {top}"
+                         + (", or 0" if off else ""))
 
 
 def near(word: str, names, prefix: str = "") -> str:

@@ -63,6 +63,11 @@ def pick_device(name: str, local_rank: int, only_told: bool = False) -> torch.de
     return torch.device(name, local_rank)
 
 
+def first_line(e: BaseException) -> str:
+    """What an error says, short enough for a line of ours."""
+    return (str(e) or type(e).__name__).splitlines()[0][:120]
+
+
 def process_numbers() -> tuple[int, int, int]:
     """rank, local rank, processes, as torchrun sets them. SystemExit with one line for nonsense."""
     numbers = []
@@ -101,7 +106,7 @@ def join_processes(device: torch.device, rank: int, world: int):
         dist.init_process_group(backend, timeout=JOIN, **store)
     except RuntimeError as e:
         raise SystemExit(f"process {rank + 1} of {world}: the others did not come within "
-                         f"{JOIN.seconds} s ({str(e).splitlines()[0][:100]})") from None
+                         f"{JOIN.seconds} s ({first_line(e)})") from None
 
 
 def is_out_of_memory(e: BaseException) -> bool:
@@ -242,14 +247,13 @@ def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype
     return kept, live.most
 
 
-def memory_estimate(count, state_per_weight, kept: int, logits: int) -> str:
-    """About how much training takes, MiB. count: {role: weights}; kept, logits: bytes."""
+def memory_estimate(count, state_per_weight, parts) -> str:
+    """About how much training takes, MiB. count: {role: weights}; parts: {what else: bytes}."""
     params = sum(count.values())
     matrices = count.get("matrix", 0) + count.get("proj", 0)
     per_matrix, per_other = state_per_weight
     optimizer = per_matrix * matrices + per_other * (params - matrices)
-    parts = {"weights and gradients": 8 * params, "optimizer": 4 * optimizer,
-             "activations": kept, "logits": logits}
+    parts = {"weights and gradients": 8 * params, "optimizer": 4 * optimizer} | parts
     text = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
     return f"about {sum(parts.values()) / 2**20:,.0f} MiB ({text})"
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import first_line, read
+from checkpoint import read
+from machine import first_line
 from train_gpt2 import GPT, ROOT, Config
 
 

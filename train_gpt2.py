@@ -40,16 +40,15 @@ from torch import Tensor
 import checkpoint
 from afno import AFNO
 from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
-from checkpoint import first_line
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
 from documents import Padded, document_token, fill
 from fan import FAN, FANMLP
 from fftnet import FFTNet
-from flags import choices, make_parser
+from flags import LARGEST_STEP, check_number, choices, make_parser
 from kernels import default_chunk, linear_cross_entropy, softcap
 from machine import (checksum, count_activations, count_roles, device_name, device_peak_flops,
-                     duration, environment, flops_per_token, graph_breaks, has_bf16,
+                     duration, environment, first_line, flops_per_token, graph_breaks, has_bf16,
                      is_out_of_memory, join_processes, memory_estimate, own_sources, peak_memory,
                      pick_device, pick_precision, process_numbers, report)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
@@ -252,15 +251,8 @@ class Config:
 
     def check_ranges(self, used: set[str]):
         for f in fields(self):
-            value = getattr(self, f.name)
             if f.type in (int, float):
-                low, high = RANGES.get(f.name, ANY_INT if f.type is int else ANY_FLOAT)
-                off = value == 0 and f.name in OFF_AT_ZERO
-                # NaN is in no range.
-                if not (low <= value <= high or off):
-                    top = LIMITS.get(high, f"at most {high:g}")
-                    raise ValueError(f"--{f.name} {value} is out of range: at least {low:g} and "
-                                     f"{top}" + (", or 0" if f.name in OFF_AT_ZERO else ""))
+                check_number(f.name, f.type, getattr(self, f.name))
         mixers = self.rows("mixer")
         if len(mixers) > self.n_layer:
             raise ValueError(f"--mixer {self.mixer}: {len(mixers)} mixers for {self.n_layer} "
@@ -276,6 +268,9 @@ class Config:
         if self.tokens_per_step > LARGEST_STEP:
             raise ValueError(f"{self.tokens_per_step:,} tokens a step, at most {LARGEST_STEP:,} can"
                              " be: lower --batch_size or --grad_accumulation_steps")
+        if self.lr_start and self.warmup_iters == 0:
+            raise ValueError(f"--lr_start {self.lr_start} with --warmup_iters 0: nothing warms up: "
+                             "drop one")
         ramps = self.warmup_steps
         if "warmdown_iters" in used:
             ramps += self.warmdown_steps
@@ -315,15 +310,6 @@ class Config:
 ALWAYS_ACCEPTED = ("n_head",)
 
 
-class AllBut:
-    """All values but these: a collection for `in`."""
-    def __init__(self, *values):
-        self.values = values
-
-    def __contains__(self, value) -> bool:
-        return value not in self.values
-
-
 # {why: settings that contradict one another}
 CONTRADICTIONS = {
     "LNS is the scale of the branches: drop one":
@@ -336,40 +322,11 @@ CONTRADICTIONS = {
         dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
     "RMSNorm takes the scale away: add --no-embed_norm":
         dict(embed_scale=(True,), embed_norm=(True,)),
-    "nothing warms up: drop one":
-        dict(lr_start=AllBut(0.0), warmup_iters=(0,)),
     "no later layer can take the values: drop it":
         dict(value_residual=(True,), n_layer=(1,)),
     "no two layers can be joined: drop it":
         dict(unet_skips=(True,), n_layer=(1,)),
 }
-
-# What a number may be, (lowest, highest): no real model reaches the highest sizes, and beyond them
-# torch hangs or overflows.
-ANY_INT = (0, 2**31 - 1)
-ANY_FLOAT = (0.0, sys.float_info.max)
-SHARE = (0.0, 1.0)
-BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
-RANGES = {
-    "n_layer": (1, 1024), "n_embd": (1, 2**16), "vocab_size": (0, 2**24), "mlp_ratio": (0.25, 1024),
-    "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
-    "grad_accumulation_steps": (1, 2**20), "num_iterations": (1, 2**31 - 1),
-    "val_tokens": (1, 2**40), "train_loss_every": (1, 2**31 - 1), "seed": (0, 2**63 - 1),
-    "warmup_iters": (-1, 2**31 - 1), "warmdown_iters": (-1, 2**31 - 1),
-    "document_token": (-1, 2**31 - 1),
-    # Beyond these the soft-cap or the softmax saturates, and the loss stands still.
-    "logit_softcap": (1.0, 1e4), "logit_scale": (1e-4, 100.0),
-    "afno_poles": (2, 4096), "afno_hard_thresholding_fraction": SHARE, "fan_ratio": (0.0, 0.5),
-    "cola_rank": (0, 2**16), "fftnet_hidden": (0, 2**20), "gdn_chunk": (1, 2**24),
-    "soap_frequency": (1, 2**31 - 1), "soap_beta": BELOW_ONE,
-    "lr_start": SHARE, "lr_end": SHARE, "dropout": BELOW_ONE, "muon_momentum": BELOW_ONE,
-    "adam_beta1": BELOW_ONE, "adam_beta2": BELOW_ONE, "ademamix_beta3": (1e-6, BELOW_ONE[1]),
-}
-LIMITS = {ANY_FLOAT[1]: "finite", BELOW_ONE[1]: "below 1"}
-OFF_AT_ZERO = ("logit_softcap",)
-# int64 tokens of a step are 8 GiB then.
-LARGEST_STEP = 2**30
-
 
 SYNONYMS = {"fan_ratio": ["--p"]}
 
@@ -382,8 +339,6 @@ def parse(argv: list[str] | None = None) -> Config:
         cfg = Config(**typed)
     except ValueError as e:
         parser.error(str(e))
-    if "data" in typed and cfg.input_bin:
-        parser.error("--data with --input_bin and --input_val_bin: two sources of shards: drop one")
     for name in ALWAYS_ACCEPTED:
         if typed.get(name) and name not in cfg.fields_read():
             parser.error(f"--{name} has no effect here, no mixer in use has heads: drop it")
@@ -406,10 +361,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
 
-    def forward(self, x: Tensor, v1: Tensor | None = None, *view) -> Tensor:
-        """v1: what is added to the values; view: what attention may see, where it is not all."""
+    def forward(self, x: Tensor, v1: Tensor | None = None, view=None) -> Tensor:
+        """v1: what is added to the values; view: what attention may see, None: all of the past."""
         x, h = self.norm.mixer(x)
-        return self.rest(x, self.mixer(h, v1, *view))
+        seen = (view,) if hasattr(self.mixer, "view") else ()
+        return self.rest(x, self.mixer(h, v1, *seen))
 
     def step(self, x: Tensor, state, v1: Tensor | None = None, *docs: Tensor):
         """One token, (B, C) and the mixer's state -> (B, C), the next state."""
@@ -520,13 +476,12 @@ class GPT(nn.Module):
             t = torch.arange(T, device=idx.device)
             begin = torch.where(idx == self.cfg.document_token, t, 0).cummax(1).values
             at = t - begin
-        # One view for all layers: to make it inside a recomputed block would break the graph.
-        viewers = [hasattr(block.mixer, "view") for block in self.blocks]
-        views = [()] * len(viewers)
+        view = None
         if self.mask_documents or self.cfg.window:
-            shared = self.blocks[viewers.index(True)].mixer.view(T, begin, idx.device)
-            views = [(shared,) if sees else () for sees in viewers]
-        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, *views[i]))
+            # One for all layers: to make it inside a recomputed block would break the graph.
+            viewer = next(block.mixer for block in self.blocks if hasattr(block.mixer, "view"))
+            view = viewer.view(T, begin, idx.device)
+        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, view))
         if targets is None:
             return self.logits(h)
         return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight),
@@ -828,7 +783,11 @@ def set_schedule(optimizers, step: int, cfg: Config):
     """Set a step's rates: linear warm-up, then a row of SCHEDULES; and Muon's momentum."""
     warmup = cfg.lr_start + (1 - cfg.lr_start) * (step + 1) / max(1, cfg.warmup_steps)
     share = min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
-    momentum = muon_momentum(step, cfg)
+    low = min(0.85, cfg.muon_momentum)
+    warm = 1.0
+    if step < cfg.muon_momentum_warmup:
+        warm = step / cfg.muon_momentum_warmup
+    momentum = low + warm * (cfg.muon_momentum - low)
     for opt in optimizers:
         for group in opt.param_groups:
             group["lr"] = group["peak_lr"] * share
@@ -836,40 +795,16 @@ def set_schedule(optimizers, step: int, cfg: Config):
                 group["momentum"] = momentum
 
 
-def muon_momentum(step: int, cfg: Config) -> float:
-    """Muon's momentum at a step: it grows from 0.85 over muon_momentum_warmup steps."""
-    low = min(0.85, cfg.muon_momentum)
-    warm = 1.0
-    if step < cfg.muon_momentum_warmup:
-        warm = step / cfg.muon_momentum_warmup
-    return low + warm * (cfg.muon_momentum - low)
-
-
-def ademamix_alpha(step: int, cfg: Config) -> float:
-    """The weight of the slow momentum, as the package has it: it counts steps from 1."""
-    return cfg.ademamix_alpha * min(1.0, (step + 1) / (cfg.ademamix_warmup or cfg.num_iterations))
-
-
-# {field, the steps of a ramp: (what grows, the field it grows to, its value at a step)}
-RAMPS = {
-    "muon_momentum_warmup": ("Muon's momentum", "muon_momentum", muon_momentum),
-    "ademamix_warmup": ("AdEMAMix's alpha", "ademamix_alpha", ademamix_alpha),
-}
-
-
 def ramp_notes(cfg: Config) -> list[str]:
-    """A line for each ramp of the optimizer in use that the run is too short for."""
+    """A line for each ramp that the run is too short for."""
     lines = []
     if cfg.lr_start and not cfg.warmup_steps:
         lines.append("note: --lr_start has no effect: so short a run has no warm-up")
-    for name, (what, target, value) in RAMPS.items():
+    for name in ("muon_momentum_warmup", "ademamix_warmup"):
         steps = getattr(cfg, name)
         if name in cfg.fields_read() and steps > cfg.num_iterations:
-            end = f"{value(cfg.num_iterations - 1, cfg):.3g}"
-            goal = f"{getattr(cfg, target):.3g}"
-            if end != goal:
-                lines.append(f"note: {what} ends at {end}, not {goal}: its warm-up of {steps:,} "
-                             "steps is longer than the run")
+            lines.append(f"note: --{name} {steps:,} is longer than the run, which ends in the "
+                         "middle of that ramp")
     return lines
 
 
@@ -1232,7 +1167,7 @@ class Watch:
     than are allowed end the run.
     """
     def __init__(self, model: GPT, allowed: int, say):
-        self.weights = list(model.named_parameters())
+        self.weights = dict(model.named_parameters())
         self.allowed = allowed
         self.say = say
         self.bad = 0
@@ -1241,19 +1176,21 @@ class Watch:
 
     def look(self, step: int, loss: Tensor, stop: Tensor) -> bool:
         """-> did some process want to stop when this was last called?"""
-        grads = [p.grad for _, p in self.weights]
-        seen = torch.cat((loss[None], stop[None], torch.stack(torch._foreach_norm(grads))))
+        # A weight that nothing reads has none.
+        grads = {name: p.grad for name, p in self.weights.items() if p.grad is not None}
+        sizes = torch._foreach_norm([*grads.values()])
+        seen = torch.cat((loss[None], stop[None], torch.stack(sizes)))
         finite = seen.isfinite().all()
         # On a CPU this reads a number, elsewhere it would wait for the device.
         if seen.device.type != "cpu" or not finite:
-            for grad in grads:
+            for grad in grads.values():
                 grad.masked_fill_(~finite, 0)
         before = self.unread
         copy = torch.empty(seen.shape, pin_memory=seen.is_cuda).copy_(seen, non_blocking=True)
         event = torch.cuda.Event() if seen.is_cuda else None
         if event:
             event.record()
-        self.unread = (step, copy, event)
+        self.unread = (step, [*grads], copy, event)
         return self.judge(before)
 
     def flush(self):
@@ -1264,13 +1201,13 @@ class Watch:
     def judge(self, unread) -> bool:
         if unread is None:
             return False
-        step, seen, event = unread
+        step, names, seen, event = unread
         if event:
             event.synchronize()
         if not seen.isfinite().all():
             self.bad += 1
             loss = float(seen[0])
-            bad = [name for (name, _), size in zip(self.weights, seen[2:]) if not size.isfinite()]
+            bad = [name for name, size in zip(names, seen[2:]) if not size.isfinite()]
             what = f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
             if not math.isfinite(loss):
                 what = f"the training loss is {loss}"
@@ -1339,9 +1276,8 @@ def new_model(cfg: Config, device: torch.device) -> GPT:
         return model.to(device)
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    except RuntimeError as e:
-        # Where the machine's memory is full, torch has no class of its own for it.
-        if "memory" not in str(e):
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
             raise
         raise SystemExit("the model does not fit into this machine's memory: make it smaller "
                          "(--estimate says what it takes)") from None
@@ -1357,13 +1293,14 @@ def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) 
     table = roles(model)
     rows, width = max(batches.shapes(), key=math.prod)
     kept, peak = count_activations(partial(GPT, cfg), (rows, width), precision)
-    logits = peak - kept
+    parts = {"activations": kept, "logits": peak - kept}
     if compiles(cfg, device):
-        # Those of a chunk and their gradient, in the dtype of the GEMM (kernels.py).
+        # Logits of a chunk and their gradient, in the dtype of the GEMM (kernels.py).
         chunk = min(rows * width, default_chunk(cfg.vocab_rows))
-        logits = 2 * chunk * cfg.vocab_rows * precision.itemsize
+        parts = {"activations before fusion": kept,
+                 "logits": 2 * chunk * cfg.vocab_rows * precision.itemsize}
     state_per_weight = OPTIMS[cfg.optim][0].state_per_weight
-    memory = memory_estimate(count_roles(table), state_per_weight, kept, logits)
+    memory = memory_estimate(count_roles(table), state_per_weight, parts)
     data = batches if vocab == cfg.vocab_size else None
     return report(cfg, model, table, memory, device, data)
 
@@ -1376,23 +1313,26 @@ def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say
     the loss's inner graph is compiled for, too. Where memory is short, micro-batches are cut into
     pieces.
     """
-    # Graphs of one function: from the eighth on it would run uncompiled. The name is of torch 2.7.
-    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else \
-        "cache_size_limit"
-    setattr(torch._dynamo.config, name, 64)
+    def batch(rows, width):
+        return shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
+
+    # Graphs of one function: from torch's eighth on it would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     forward = torch.compile(model, dynamic=False)
+    before = 0
     pieces = 1
-    for rows, width in shapes:
-        x, y = shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
-        for _ in range(2):
-            _, pieces = backward(forward, model, [(x, y, 1.0)], pieces, autocast, say)
+    # Again from the first shape where a later one had to be cut.
+    while pieces != before:
+        before = pieces
+        for shape in shapes:
+            for _ in range(2):
+                _, pieces = backward(forward, model, [(*batch(*shape), 1.0)], pieces, autocast, say)
     model.zero_grad(set_to_none=True)
     model.eval()
     with torch.no_grad():
-        for rows, width in val_shapes:
-            x, y = shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
+        for shape in val_shapes:
             for _ in range(2):
-                forward(x, y)
+                forward(*batch(*shape))
     model.train()
     return forward, pieces
 
@@ -1440,8 +1380,9 @@ def cut(x: Tensor, y: Tensor, pieces: int):
 def change_of_rate(state, cfg: Config) -> str:
     """What another num_iterations does to the rate at the step where the run goes on."""
     step = state["step"]
-    before = replace(cfg, num_iterations=state["config"]["num_iterations"])
-    shares = [SCHEDULES[cfg.schedule][0](step, c) for c in (before, cfg)]
+    known = {f.name for f in fields(Config)}
+    before = Config(**{name: value for name, value in state["config"].items() if name in known})
+    shares = [SCHEDULES[c.schedule][0](step, c) for c in (before, cfg)]
     if shares[0] == shares[1]:
         return ""
     return f"; the learning rate goes from {shares[0]:.3f} of its peak to {shares[1]:.3f}"

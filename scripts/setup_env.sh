@@ -8,7 +8,7 @@ root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 here=$root/
 [[ . -ef $root ]] && here=
 python=${PYTHON:-python3}
-OLDEST_TORCH=2.5                         # flex_attention
+OLDEST_TORCH=2.10                        # the oldest that was tried
 
 fail() {
     echo "$*" >&2

@@ -379,7 +379,7 @@ def test_a_gpu_that_torch_cannot_use_stops_the_script(version, cuda, driver, wor
 def test_an_old_torch_is_one_line(tmp_path):
     torch = TORCH.format(version="2.4.1", cuda="12.1")
     done = run("run_afno.sh", PYTHONPATH=str(fake(tmp_path, "torch.py", torch)))
-    refused(done, "torch 2.4.1 is too old", "2.5 or later", "pip install -r requirements.txt")
+    refused(done, "torch 2.4.1 is too old", "2.10 or later", "pip install -r requirements.txt")
 
 
 def test_no_python_is_one_line():
