@@ -23,7 +23,7 @@ BEST = "best.pt"
 # another, and what the rate then does is said.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "device", "compile",
         "val_batch_size", "val_loss_every", "train_loss_every", "save_every", "keep",
-        "target_val_loss", "estimate", "resume", "resume_anyway", "skip_bad_steps"}
+        "target_val_loss", "log", "estimate", "resume", "resume_anyway", "skip_bad_steps"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def resumed(cfg, data, rank: int):
     if others and not cfg.resume_anyway:
         raise SystemExit(f"{path}: another run: {'; '.join(others[:4])}: give its own flags, or "
                          "--resume_anyway")
-    if state["step"] > cfg.num_iterations:
+    if state["step"] > cfg.num_iterations and not cfg.minutes:
         raise SystemExit(f"{path}: is at step {state['step']} already: raise --num_iterations")
     return state, path
 

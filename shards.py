@@ -133,6 +133,18 @@ def open_data(cfg):
     return shards, val_shards, vocab
 
 
+def bytes_a_token(shards, vocab: int) -> float | None:
+    """UTF-8 bytes of text a token, over all of these shards; None where one of them has no count.
+
+    Where 256 tokens are all, a token is a byte.
+    """
+    sizes = [len(tokens) if vocab == 256 else getattr(tokens, "text_bytes", None)
+             for tokens in shards.values()]
+    if not all(sizes):
+        return None
+    return sum(sizes) / sum(len(tokens) for tokens in shards.values())
+
+
 def refuse_twice(training, validation):
     """SystemExit where two of these paths hold the same shard, or are the same path.
 

@@ -15,10 +15,8 @@ To experiment, edit Config and the dicts under "The axes", or write a sibling fi
 Letters: B batch, T time, C channels, H heads, D head width, V vocabulary, L layers. Losses are in
 nats per token.
 """
-import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -48,15 +46,16 @@ from fftnet import FFTNet
 from flags import LARGEST_STEP, check_number, choices, make_parser
 from kernels import default_chunk, linear_cross_entropy, softcap
 from machine import (checksum, count_activations, count_roles, device_name, device_peak_flops,
-                     duration, environment, first_line, flops_per_token, graph_breaks, has_bf16,
-                     is_out_of_memory, join_processes, memory_estimate, own_sources, peak_memory,
+                     environment, first_line, flops_per_token, graph_breaks, has_bf16,
+                     is_out_of_memory, join_processes, memory_estimate, peak_memory,
                      pick_device, pick_precision, process_numbers, report)
+from log import TRACKERS, Log
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
                    PrePostNorm, ReLU2, SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm,
                    recompute_block, recompute_high_rank)
-from shards import open_data
+from shards import bytes_a_token, open_data
 
 ROOT = Path(__file__).resolve().parent
 
@@ -169,6 +168,7 @@ class Config:
     soap_beta: float = 0.95                          # of both moments
     soap_frequency: int = 10                         # steps between refreshes of the eigenbasis
     # The run
+    minutes: float = 0.0                             # end then, the schedule in time; 0: by steps
     seed: int = 0
     device: str = "auto"                             # cuda | cpu | mps
     dtype: str = "auto"                              # bf16 | fp32; not said: bf16 where CUDA has it
@@ -183,6 +183,7 @@ class Config:
     resume_anyway: bool = False                      # though its flags or its data were others
     skip_bad_steps: int = 0                          # steps without finite gradients to pass over
     target_val_loss: float = 0.0                     # report the time it takes to reach this
+    log: str = ""                                    # also to tensorboard, wandb or trackio, a list
     estimate: bool = False                           # print parameters, FLOPs, memory, time; exit
 
     def __post_init__(self):
@@ -212,6 +213,9 @@ class Config:
         if name and (Path(name).name != name or name == ".." or "\0" in name):
             raise ValueError(f"--run_name {name!r}: must be the name of a folder, not a path: "
                              "--output_dir says where it appears")
+        for name in filter(None, self.log.split(",")):
+            if name not in TRACKERS:
+                raise ValueError(f"--log {name}: no such tracker; {choices(name, TRACKERS)}")
 
     def rows(self, axis: str) -> list[str]:
         """The rows named on an axis: several on the mixers', which tile, one elsewhere."""
@@ -766,21 +770,31 @@ def clip_gradients(table, cfg: Config):
         nn.utils.clip_grad_norm_(others, cfg.grad_clip)
 
 
-def trapezoid(step: int, cfg: Config) -> float:
+def place(step: int, seconds: float, cfg: Config) -> float:
+    """Where in its schedule a run is, in steps; with --minutes its training time says it."""
+    if not cfg.minutes:
+        return step
+    return cfg.num_iterations * min(1.0, seconds / (60 * cfg.minutes))
+
+
+def trapezoid(step: float, cfg: Config) -> float:
     """Share of the peak rate behind warm-up: flat, then linear from 1 to lr_end."""
     left = (cfg.num_iterations - step) / max(1, cfg.warmdown_steps)
     return cfg.lr_end + (1 - cfg.lr_end) * min(1.0, left)
 
 
-def cosine(step: int, cfg: Config) -> float:
+def cosine(step: float, cfg: Config) -> float:
     """Share of the peak rate behind warm-up: half a period of the cosine, from 1 to lr_end."""
     warmup = cfg.warmup_steps
     done = max(0, step - warmup) / max(1, cfg.num_iterations - warmup)
     return cfg.lr_end + (1 - cfg.lr_end) * (1 + math.cos(math.pi * done)) / 2
 
 
-def set_schedule(optimizers, step: int, cfg: Config):
-    """Set a step's rates: linear warm-up, then a row of SCHEDULES; and Muon's momentum."""
+def set_schedule(optimizers, step: float, cfg: Config) -> float:
+    """Set a step's rates: linear warm-up, then a row of SCHEDULES; and Muon's momentum.
+
+    -> the rates' share of their peaks.
+    """
     warmup = cfg.lr_start + (1 - cfg.lr_start) * (step + 1) / max(1, cfg.warmup_steps)
     share = min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
     low = min(0.85, cfg.muon_momentum)
@@ -793,6 +807,7 @@ def set_schedule(optimizers, step: int, cfg: Config):
             group["lr"] = group["peak_lr"] * share
             if "momentum" in group:
                 group["momentum"] = momentum
+    return share
 
 
 def ramp_notes(cfg: Config) -> list[str]:
@@ -802,7 +817,7 @@ def ramp_notes(cfg: Config) -> list[str]:
         lines.append("note: --lr_start has no effect: so short a run has no warm-up")
     for name in ("muon_momentum_warmup", "ademamix_warmup"):
         steps = getattr(cfg, name)
-        if name in cfg.fields_read() and steps > cfg.num_iterations:
+        if name in cfg.fields_read() and steps > cfg.num_iterations and not cfg.minutes:
             lines.append(f"note: --{name} {steps:,} is longer than the run, which ends in the "
                          "middle of that ramp")
     return lines
@@ -1082,83 +1097,7 @@ def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
 
 
 # --------------------------------------------------------------------------------------------------
-# Log, checkpoint, clock
-
-def new_folder(cfg: Config) -> Path:
-    """Make the folder of a run below output_dir: run_name, or a name that a number makes unique.
-
-    SystemExit with one line where it cannot be made, or run_name is taken.
-    """
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    name = cfg.run_name or f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
-    folder = Path(cfg.output_dir) / name
-    tries = 0
-    try:
-        while not cfg.run_name and folder.exists():
-            tries += 1
-            folder = Path(cfg.output_dir) / f"{name}_{tries}"
-        folder.mkdir(parents=True, exist_ok=bool(cfg.run_name))
-        if any(folder.iterdir()):
-            raise SystemExit(f"--run_name {name}: {folder} is not empty: choose another name")
-    except OSError as e:
-        raise SystemExit(f"{folder}: cannot make this folder ({e.strerror}): change --output_dir "
-                         "or --run_name") from None
-    if not os.access(folder, os.W_OK):
-        raise SystemExit(f"{folder}: may not be written: change --output_dir or --run_name")
-    return folder
-
-
-class Log:
-    """One run's folder. log.txt starts with all that is needed to run it again.
-
-    That is: sources, flags, machine, versions and checksums of the data.
-    """
-    def __init__(self, cfg: Config, facts: dict, folder: Path | None = None):
-        self.dir = folder or new_folder(cfg)
-        self.tty = bool(sys.stdout) and sys.stdout.isatty()
-        self.shown = 0.0                             # when progress was last shown
-        self.deaf = set()                            # places that take no more lines
-        sources = "".join(f"=== source {path.name}\n{path.read_text()}\n"
-                          for path in own_sources())
-        start = (f"{sources}=== config\n{json.dumps(asdict(cfg))}\n"
-                 f"=== env\n{json.dumps(facts)}\n=== run")
-        try:
-            self.file = open(self.dir / "log.txt", "a", buffering=1)
-            if not folder:
-                print(start, file=self.file)
-            elif sources not in (self.dir / "log.txt").read_text():
-                name = time.strftime("log_start_%Y%m%dT%H%M%S.txt", time.gmtime())
-                (self.dir / name).write_text(start)
-        except OSError as e:
-            raise SystemExit(f"{self.dir}: cannot write a log there ({e.strerror})") from None
-
-    def put(self, line: str, file, name: str):
-        """A full disk, a closed pipe or a terminal that is gone end what is told, not the run."""
-        if name in self.deaf:
-            return
-        try:
-            print(line, file=file, flush=True)
-        except (OSError, ValueError) as e:
-            self.deaf.add(name)
-            self(f"note: nothing more is written to {name} ({e})")
-
-    def __call__(self, line: str):
-        self.put(line, self.file, "log.txt")
-        if sys.stdout:
-            self.put(("\r\033[K" if self.tty else "") + line, sys.stdout, "stdout")
-
-    def wants_progress(self) -> bool:
-        return self.tty and time.perf_counter() - self.shown > 1
-
-    def progress(self, line: str):
-        """A line that overwrites itself and never wraps, on a terminal."""
-        width = shutil.get_terminal_size().columns - 1
-        try:
-            print("\r\033[K" + line[:width], end="", flush=True)
-        except OSError:
-            self.tty = False
-        self.shown = time.perf_counter()
-
+# Bad numbers and the clock. Log: log.py; checkpoints: checkpoint.py.
 
 class Watch:
     """Looks at each step's loss and gradients on their device, and reads what it saw a step later.
@@ -1166,20 +1105,24 @@ class Watch:
     Gradients that are not finite count as zeros, so that they spoil no weight. More of such steps
     than are allowed end the run.
     """
-    def __init__(self, model: GPT, allowed: int, say):
+    def __init__(self, model: GPT, allowed: int, seconds: float, say):
         self.weights = dict(model.named_parameters())
         self.allowed = allowed
         self.say = say
         self.bad = 0
         self.saved = None                            # step of the last checkpoint
+        self.told = [0.0, seconds]
         self.unread = None
 
-    def look(self, step: int, loss: Tensor, stop: Tensor) -> bool:
-        """-> did some process want to stop when this was last called?"""
+    def look(self, step: int, loss: Tensor, told: Tensor):
+        """told: what the processes tell one another, (2,): a signal's number, training seconds.
+
+        What was read last is in self.told.
+        """
         # A weight that nothing reads has none.
         grads = {name: p.grad for name, p in self.weights.items() if p.grad is not None}
         sizes = torch._foreach_norm([*grads.values()])
-        seen = torch.cat((loss[None], stop[None], torch.stack(sizes)))
+        seen = torch.cat((loss[None], told, torch.stack(sizes)))
         finite = seen.isfinite().all()
         # On a CPU this reads a number, elsewhere it would wait for the device.
         if seen.device.type != "cpu" or not finite:
@@ -1191,23 +1134,30 @@ class Watch:
         if event:
             event.record()
         self.unread = (step, [*grads], copy, event)
-        return self.judge(before)
+        self.judge(before)
 
     def flush(self):
         """Wait for the last step."""
         self.judge(self.unread)
         self.unread = None
 
-    def judge(self, unread) -> bool:
+    def gradient_norm(self) -> float:
+        """Of the last step, before clipping. Waits for it."""
+        _, _, seen, event = self.unread
+        if event:
+            event.synchronize()
+        return float(seen[3:].norm())
+
+    def judge(self, unread):
         if unread is None:
-            return False
+            return
         step, names, seen, event = unread
         if event:
             event.synchronize()
         if not seen.isfinite().all():
             self.bad += 1
             loss = float(seen[0])
-            bad = [name for name, size in zip(names, seen[2:]) if not size.isfinite()]
+            bad = [name for name, size in zip(names, seen[3:]) if not size.isfinite()]
             what = f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
             if not math.isfinite(loss):
                 what = f"the training loss is {loss}"
@@ -1215,7 +1165,7 @@ class Watch:
                 refuse_numbers(step, what, self.saved)
             self.say(f"note: step {step} had no gradient: {what}; {self.bad} of at most "
                      f"{self.allowed} such steps")
-        return bool(seen[1] > 0)
+        self.told = seen[1:3].tolist()
 
 
 def refuse_numbers(step: int, what: str, saved: int | None):
@@ -1234,6 +1184,10 @@ class Clock:
     def start(self):
         self.since = time.perf_counter()
 
+    def now(self) -> float:
+        """Without waiting: at most a step behind."""
+        return self.total + time.perf_counter() - self.since
+
     def stop(self) -> float:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
@@ -1246,7 +1200,8 @@ class Clock:
 
 @torch.no_grad()
 def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: int) -> float:
-    """Mean loss of the first n windows, nats per token, shared by all ranks.
+    """Mean over the targets of the first n windows, shared by all ranks: of the loss, in nats per
+    token, where forward is the model's.
 
     In fp32, as the public baseline validates.
     """
@@ -1261,6 +1216,24 @@ def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: i
         total = total.to(device)
         dist.all_reduce(total)
     return total.item() / windows.targets(n)
+
+
+def hit_rate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    """Share of the targets that are the model's likeliest token."""
+    hits = 0
+    # Whole logits: of some 4,096 tokens at a time.
+    rows = max(1, 4096 // idx.size(1))
+    for inputs, wanted in zip(idx.split(rows), targets.split(rows)):
+        hits = hits + (model(inputs).argmax(-1) == wanted).sum()
+    return hits / (targets >= 0).sum()
+
+
+def per_byte(loss: float, text_bytes: float | None) -> dict[str, float]:
+    """A loss in nats per token, in bits; nothing where nobody counted the text's bytes.
+
+    text_bytes: of the text, a token.
+    """
+    return {"bits_per_byte": loss / math.log(2) / text_bytes} if text_bytes else {}
 
 
 def new_model(cfg: Config, device: torch.device) -> GPT:
@@ -1431,6 +1404,7 @@ def train(cfg: Config, signals) -> float | None:
     batches = make_batches(shards, cfg, rank, world)
     val_batches = make_batches(val_shards, cfg, shuffle=False)
     val_n = val_batches.first(cfg.val_tokens)
+    text_bytes = bytes_a_token(val_shards, vocab)
     if cfg.estimate:
         print(estimate(cfg, batches, vocab, device, precision))
         return None
@@ -1457,14 +1431,14 @@ def train(cfg: Config, signals) -> float | None:
         if path:
             checkpoint.sweep(path.parent)
         facts = environment(device, world, checksums, precision, compiles(cfg, device))
-        log = Log(cfg, facts, path.parent if path else None)
+        log = Log(cfg, facts, path.parent if path else None, state["step"] if state else 0)
 
     def say(line):
         if log:
             log(line)
 
-    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, "
-        f"{cfg.num_iterations:,} steps of {batches.per_step:,} tokens, validated on "
+    length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.num_iterations:,} steps"
+    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of {batches.per_step:,} tokens, validated on "
         f"{val_batches.targets(val_n):,} tokens")
     for line in ramp_notes(cfg):
         say(line)
@@ -1490,11 +1464,12 @@ def train(cfg: Config, signals) -> float | None:
     # Where the run stands: all that a checkpoint holds besides weights, optimizers, random numbers
     start = 0
     at = dict(tokens=0, seconds=0.0, compile_seconds=compile_time, best=math.inf, reached=None)
-    watch = Watch(model, cfg.skip_bad_steps, say)
     if state:
-        start = watch.saved = state["step"]
         at |= state["progress"]
         at["compile_seconds"] += compile_time
+    watch = Watch(model, cfg.skip_bad_steps, at["seconds"], say)
+    if state:
+        start = watch.saved = state["step"]
         checkpoint.restore(state, model, optimizers, device, rank, world)
         say(f"goes on from step {start} of {path}" + change_of_rate(state, cfg))
         state = None                                 # its memory is given back
@@ -1525,8 +1500,12 @@ def train(cfg: Config, signals) -> float | None:
     signals.listen()
     steps = stream(batches, device, start)
     clock = Clock(device, at["seconds"])
-    for step in range(start, cfg.num_iterations + 1):
-        last = step == cfg.num_iterations
+    for step in count(start):
+        where = place(step, watch.told[1], cfg)
+        last = where >= cfg.num_iterations
+        steps_in_all = cfg.num_iterations
+        if cfg.minutes and where:
+            steps_in_all = round(step * cfg.num_iterations / where)
 
         # Save, then validate, outside the clock
         validates = last or cfg.val_loss_every and step % cfg.val_loss_every == 0
@@ -1540,8 +1519,14 @@ def train(cfg: Config, signals) -> float | None:
             model.eval()
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
-            say(f"step:{step}/{cfg.num_iterations} val_loss:{val_loss:.4f} "
-                f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(1, step):.2f}ms")
+            bits = per_byte(val_loss, text_bytes)
+            say(f"step:{step}/{steps_in_all} val_loss:{val_loss:.4f} "
+                f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(1, step):.2f}ms"
+                + "".join(f" {name}:{value:.4f}" for name, value in bits.items()))
+            if log:
+                log.measure(step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss,
+                            **bits)
+                log.draw()
             if not math.isfinite(val_loss):
                 refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
             if at["reached"] is None and val_loss <= cfg.target_val_loss:
@@ -1556,13 +1541,13 @@ def train(cfg: Config, signals) -> float | None:
             clock.start()
 
         # One training step
-        set_schedule(optimizers, step, cfg)
+        share = set_schedule(optimizers, where, cfg)
         micro_batches, predictions = next(steps)
         train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say)
-        stop = torch.tensor(float(signals.caught), device=device)
+        told = torch.tensor([float(signals.caught), clock.now()], device=device)
         if world > 1:
-            average(model, [train_loss, stop], world)
-        stopping = watch.look(step + 1, train_loss, stop)
+            average(model, [train_loss, told], world)
+        watch.look(step + 1, train_loss, told)
         clip_gradients(table, cfg)
         for opt in optimizers:
             opt.step()
@@ -1571,7 +1556,7 @@ def train(cfg: Config, signals) -> float | None:
         at["tokens"] += predictions
 
         # Stop early
-        if stopping and step + 1 < cfg.num_iterations:
+        if watch.told[0] and step + 1 < cfg.num_iterations:
             at["seconds"] = clock.stop()
             save(step + 1)
             number = signals.caught or signal.SIGTERM    # another process may have caught it
@@ -1587,16 +1572,22 @@ def train(cfg: Config, signals) -> float | None:
             train_loss = float(train_loss)
             clock.start()
             rate = at["tokens"] / seconds
-            text = (f"step:{step + 1}/{cfg.num_iterations} train_loss:{train_loss:.4f} "
-                    f"train_time:{1e3 * seconds:.0f}ms "
-                    f"step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f}")
-            if peak_flops:
-                text += f" mfu:{rate * flops / peak_flops / world:.3f}"
+            size = watch.gradient_norm()
             if logged:
+                text = (f"step:{step + 1}/{steps_in_all} train_loss:{train_loss:.4f} "
+                        f"train_time:{1e3 * seconds:.0f}ms "
+                        f"step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f} "
+                        f"grad_norm:{size:.3f}")
+                if peak_flops:
+                    text += f" mfu:{rate * flops / peak_flops / world:.3f}"
                 say(text)
+            if log and logged:
+                log.measure(step=step + 1, tokens=at["tokens"], seconds=seconds,
+                            train_loss=train_loss, learning_rate=share * cfg.learning_rate,
+                            gradient_norm=size, tokens_per_second=rate)
             if log and log.tty:
-                left = seconds / (step + 1) * (cfg.num_iterations - step - 1)
-                log.progress(f"{text} eta:{duration(left)}")
+                left = seconds / (step + 1) * (steps_in_all - step - 1)
+                log.progress(step + 1, steps_in_all, train_loss, rate, left)
     steps.close()
 
     # Ten times the tokens: less noise, and comparable with modded-nanogpt's figures
@@ -1605,6 +1596,7 @@ def train(cfg: Config, signals) -> float | None:
         say(f"val_loss on {val_batches.targets(10 * val_n):,} tokens:{loss:.4f}")
         if not math.isfinite(loss):
             refuse_numbers(step, f"the validation loss is {loss}", watch.saved)
+    accuracy = evaluate(partial(hit_rate, model), val_batches, val_n, device, rank, world)
     target = ""
     if cfg.target_val_loss:
         when = "never" if at["reached"] is None else f"{at['reached']:.1f}s"
@@ -1612,11 +1604,14 @@ def train(cfg: Config, signals) -> float | None:
     say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{at['tokens']} "
         f"train_time:{clock.total:.1f}s with_compile:{clock.total + at['compile_seconds']:.1f}s "
         f"{target}peak_memory:{peak_memory(device)}")
+    if log:
+        log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
+                       **bits))
     if log and sys.stdout:
         log.put(f"log and checkpoint: {log.dir}", sys.stdout, "stdout")
     if world > 1:
         dist.destroy_process_group()
-    if log and watch.saved != cfg.num_iterations:
+    if log and watch.saved != step:
         raise SystemExit(f"the trained weights could not be saved to {log.dir}")
     return val_loss
 

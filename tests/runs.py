@@ -16,7 +16,7 @@ TINY = dict(n_layer=2, n_head=2, n_embd=32, sequence_length=16, batch_size=8, va
             train_loss_every=1, val_loss_every=2, mixer="attn", optim="adamw", learning_rate=0.003,
             embed_lr_scale=1.0, head_lr_scale=1.0, zero_init=True, device="cpu", compile=False)
 STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms "
-                  r"step_avg:(\d+\.\d\d)ms( tok/s:\d+)?( mfu:0\.\d+)?")
+                  r"step_avg:(\d+\.\d\d)ms( tok/s:\d+ grad_norm:\d+\.\d+)?( mfu:0\.\d+)?( bits_per_byte:.*)?")
 
 
 def knobs_of(row, **knobs):

@@ -3,6 +3,7 @@ does not matter.
 
 The golden curve changes only when the baseline's numbers are meant to: python -m tests.test_train
 """
+import gzip
 import hashlib
 import json
 import math
@@ -45,12 +46,14 @@ def test_log_is_complete(shards, tmp_path):
     text = (folder / "log.txt").read_text()
     parts = (
         "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents "
-        "flags machine shards"
+        "flags machine shards log checkpoint"
     )
+    sources = gzip.decompress((folder / "sources.txt.gz").read_bytes()).decode()
+    assert len(text) < 10_000 and text.startswith("=== config\n")
     for name in (f"{part}.py" for part in parts.split()):
-        assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in text, name
+        assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in sources, name
     config, env = (
-        json.loads(re.search(rf"\n=== {part}\n(.*)\n", text)[1]) for part in ("config", "env")
+        json.loads(re.search(rf"(?m)^=== {part}\n(.*)\n", text)[1]) for part in ("config", "env")
     )
     assert Config(**config) == Config(
         **TINY | shards | knobs_of("afno"),

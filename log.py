@@ -1,0 +1,254 @@
+"""What a run leaves behind and shows: its folder, log.txt, metrics.csv, loss.png, the terminal.
+
+    logs/RUN/log.txt          flags, machine, then a line for each step that was asked for
+    logs/RUN/sources.txt.gz   every source file that ran: with log.txt, all to run it again
+    logs/RUN/metrics.csv      the same numbers, one row a train line or a validation
+    logs/RUN/loss.png         drawn anew at each validation, where matplotlib is installed
+    logs/RUN/test_metrics.txt the last validation: loss, perplexity, accuracy, bits per byte
+
+Losses are in nats per token. A place that takes no more lines never ends a run.
+"""
+import csv
+import gzip
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from machine import duration, first_line, own_sources
+
+METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "bits_per_byte", "learning_rate",
+           "gradient_norm", "tokens_per_second")
+
+# Of TRACKERS that group runs by it.
+PROJECT = "spectral-nanogpt"
+
+
+def new_folder(cfg) -> Path:
+    """Make the folder of a run below output_dir: run_name, or a name that a number makes unique.
+
+    SystemExit with one line where it cannot be made, or run_name is taken.
+    """
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    name = cfg.run_name or f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
+    folder = Path(cfg.output_dir) / name
+    tries = 0
+    try:
+        while not cfg.run_name and folder.exists():
+            tries += 1
+            folder = Path(cfg.output_dir) / f"{name}_{tries}"
+        folder.mkdir(parents=True, exist_ok=bool(cfg.run_name))
+        if any(folder.iterdir()):
+            raise SystemExit(f"--run_name {name}: {folder} is not empty: choose another name")
+    except OSError as e:
+        raise SystemExit(f"{folder}: cannot make this folder ({e.strerror}): change --output_dir "
+                         "or --run_name") from None
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(f"{folder}: may not be written: change --output_dir or --run_name")
+    return folder
+
+
+class Log:
+    """One run's folder and the terminal; with a folder, that of a run that goes on from `step`.
+
+    log.txt starts with flags, machine, versions and checksums of the data. SystemExit with one line
+    where nothing can be written, or a tracker of --log is not installed.
+    """
+    def __init__(self, cfg, facts: dict, folder: Path | None = None, step: int = 0):
+        self.dir = folder or new_folder(cfg)
+        self.tty = bool(sys.stdout) and sys.stdout.isatty()
+        self.shown = 0.0                             # when progress was last shown
+        self.deaf = set()                            # places that take no more lines
+        self.rows = []                               # of metrics.csv
+        self.trackers = {name: open_tracker(name, self.dir, cfg)
+                         for name in filter(None, cfg.log.split(","))}
+        start = f"=== config\n{json.dumps(asdict(cfg))}\n=== env\n{json.dumps(facts)}\n=== run"
+        try:
+            self.keep_sources()
+            self.file = open(self.dir / "log.txt", "a", buffering=1)
+            print(start, file=self.file)
+            self.metrics = self.open_metrics(step)
+        except OSError as e:
+            raise SystemExit(f"{self.dir}: cannot write a log there ({e.strerror})") from None
+
+    def keep_sources(self):
+        """Beside those of the run's start where a run goes on with others."""
+        sources = "".join(f"=== source {path.name}\n{path.read_text()}\n"
+                          for path in own_sources()).encode()
+        kept = sorted(self.dir.glob("sources*.txt.gz"))
+        if any(gzip.decompress(path.read_bytes()) == sources for path in kept):
+            return
+        name = time.strftime("sources_%Y%m%dT%H%M%S.txt.gz", time.gmtime())
+        path = self.dir / (name if kept else "sources.txt.gz")
+        path.write_bytes(gzip.compress(sources, mtime=0))
+
+    def open_metrics(self, step: int):
+        """metrics.csv with the rows up to a step: later ones, and its validation, come again."""
+        path = self.dir / "metrics.csv"
+        if path.is_file():
+            with open(path, newline="") as f:
+                self.rows = [row for row in csv.DictReader(f)
+                             if int(row["step"]) < step + (not row["val_loss"])]
+        file = open(path, "w", buffering=1, newline="")
+        print(",".join(METRICS), file=file)
+        for row in self.rows:
+            print(",".join(row.values()), file=file)
+        return file
+
+    def put(self, line: str, file, name: str):
+        """A full disk, a closed pipe or a terminal that is gone end what is told, not the run."""
+        self.attempt(name, print, line, file=file, flush=True)
+
+    def attempt(self, name: str, action, *args, **more):
+        """action(*args, **more), until it fails once: the failure is told, then `name` is deaf."""
+        if name in self.deaf:
+            return
+        try:
+            action(*args, **more)
+        except Exception as e:
+            self.deaf.add(name)
+            self(f"note: nothing more is written to {name} ({first_line(e)})")
+
+    def __call__(self, line: str):
+        self.put(line, self.file, "log.txt")
+        if sys.stdout:
+            self.put(("\r\033[K" if self.tty else "") + line, sys.stdout, "stdout")
+
+    def measure(self, **values):
+        """One row of metrics.csv, some of METRICS, and the same for the trackers."""
+        texts = {name: f"{value:.7g}" if isinstance(value, float) else str(value)
+                 for name, value in values.items()}
+        row = {name: texts.get(name, "") for name in METRICS}
+        self.rows.append(row)
+        self.put(",".join(row.values()), self.metrics, "metrics.csv")
+        for name, tracker in self.trackers.items():
+            self.attempt(name, tracker.put, values["step"], values)
+
+    def draw(self):
+        """loss.png, where matplotlib is installed and there is something to draw."""
+        if len(self.rows) > 1:
+            self.attempt("loss.png", draw, self.rows, self.dir)
+
+    def close(self, results: dict):
+        """test_metrics.txt, a result a line, and the trackers' last words."""
+        text = "".join(f"{name} {value:.6g}\n" for name, value in results.items())
+        self.attempt("test_metrics.txt", (self.dir / "test_metrics.txt").write_text, text)
+        for name, tracker in self.trackers.items():
+            self.attempt(name, tracker.close)
+
+    def wants_progress(self) -> bool:
+        return self.tty and time.perf_counter() - self.shown > 1
+
+    def progress(self, step: int, steps: int, loss: float, rate: float, left: float):
+        """A line that overwrites itself, on a terminal. rate: tokens a second; left: seconds."""
+        # In the order in which they are left out where the terminal is narrow.
+        parts = {
+            "rate": f"{short(rate)} tok/s",
+            "loss": f"loss {loss:.2f}",
+            "steps": f"{step}/{steps}",
+            "share": f"{100 * step // max(1, steps)}%",
+            "eta": f"eta {duration(left)}",
+        }
+        order = "steps", "share", "loss", "rate", "eta"
+        width = shutil.get_terminal_size().columns - 1
+        for gone in parts:
+            line = " ".join(parts[name] for name in order if name in parts)
+            if len(line) <= width:
+                break
+            parts = {name: text for name, text in parts.items() if name != gone}
+        try:
+            print("\r\033[K" + line[:width], end="", flush=True)
+        except OSError:
+            self.tty = False
+        self.shown = time.perf_counter()
+
+
+def short(number: float) -> str:
+    """Three digits and a letter: 9.6k, 1.24M."""
+    for unit in ("", "k", "M"):
+        if number < 1000 or unit == "M":
+            return f"{number:.3g}{unit}"
+        number /= 1000
+
+
+def draw(rows: list[dict], folder: Path):
+    """Losses by tokens, of metrics.csv's rows, into loss.png."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4.2), layout="tight")
+    axes = figure.subplots()
+    lowest = []
+    for name, label, style in (("train_loss", "training", dict(color="#999999", linewidth=1)),
+                               ("val_loss", "validation", dict(color="#0072B2", marker="."))):
+        points = [(int(row["tokens"]) / 1e6, float(row[name])) for row in rows if row[name]]
+        if points:
+            axes.plot(*zip(*points), label=f"{label} {points[-1][1]:.4f}", **style)
+            lowest.append(min(y for _, y in points))
+    # An untrained model's loss would leave no room for the rest.
+    later = [float(row[name]) for row in rows[len(rows) // 5:] for name in ("train_loss", "val_loss")
+             if row[name]]
+    room = 0.05 + 0.1 * (max(later) - min(lowest))
+    axes.set(xlabel="million tokens", ylabel="nats per token", title=folder.name,
+             ylim=(min(lowest) - room, max(later) + room))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e8e8e8")
+    axes.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(folder / "loss.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# Trackers: packages that show runs in a browser, each of them optional
+
+class TensorBoard:
+    """Event files in the run's folder: tensorboard --logdir logs."""
+    def __init__(self, folder: Path, cfg):
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(folder)
+
+    def put(self, step: int, values: dict):
+        for name, value in values.items():
+            if name != "step":
+                self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self):
+        self.writer.close()
+
+
+class Board:
+    """wandb, and trackio, which has its interface. WANDB_MODE=offline needs no account."""
+    def __init__(self, package: str, folder: Path, cfg, **more):
+        self.package = importlib.import_module(package)
+        self.package.init(project=PROJECT, name=folder.name, config=asdict(cfg), **more)
+
+    def put(self, step: int, values: dict):
+        self.package.log({k: v for k, v in values.items() if k != "step"}, step=step)
+
+    def close(self):
+        self.package.finish()
+
+
+def wandb(folder: Path, cfg):
+    return Board("wandb", folder, cfg, dir=folder)
+
+
+def trackio(folder: Path, cfg):
+    return Board("trackio", folder, cfg)
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": wandb, "trackio": trackio}
+
+
+def open_tracker(name: str, folder: Path, cfg):
+    try:
+        return TRACKERS[name](folder, cfg)
+    except ImportError as e:
+        raise SystemExit(f"--log {name}: not installed ({first_line(e)}): pip install {name}"
+                         ) from None
