@@ -167,22 +167,25 @@ def gpt2_encoding():
 
 def bpe_codec(encoding, normal=str):
     threads = min(os.cpu_count() or 1, 16)
+    sizes = np.zeros(encoding.n_vocab, int)
+    for token in range(encoding.eot_token):
+        sizes[token] = len(encoding.decode_single_token_bytes(token))
     return lambda texts: encoding.encode_ordinary_batch(
         [*map(normal, texts)], num_threads=threads
-    ), encoding.decode
+    ), encoding.decode, sizes
 
 
 def bytes_codec():
     return (
         lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts],
         lambda tokens: bytes(tokens).decode(errors="replace"),
+        np.ones(256, int),
     )
 
 
 # Qwen's sizes: Qwen2.5 counts 151,665, Qwen3 four more, and their models are padded to 151,936,
-# which may be sampled.
-# name: (vocabulary size, tokens that start a document, file of ranks or None -> (texts -> token
-# lists, tokens -> text))
+# which may be sampled. name: (vocabulary size, tokens that start a document, file of ranks or
+# None -> (texts -> token lists, tokens -> text, bytes of text that each token spells))
 TOKENIZERS = {
     "gpt2": (50257, [50256], lambda _: bpe_codec(gpt2_encoding())),
     # any value may be a byte of the text: none is left for the start
@@ -303,19 +306,16 @@ def batches(sources):
 
 
 def tokenise(sources, start, encode, dtype):
-    """Yield (tokens, do they start a document, bytes) in the order of the text, and print the
-    progress."""
+    """Yield (tokens, do they start a document) in the order of the text, and print the progress."""
     read, made, began, spoke, live = 0, 0, time.time(), time.time(), sys.stdout.isatty()
     if not sources:
         return
     for name, batch in batches(sources):
         for tokens, (text, starts) in zip(encode([text for text, _ in batch]), batch, strict=True):
-            size = len(text.encode("utf-8", "replace"))
-            made, read = made + len(tokens), read + size
+            made, read = made + len(tokens), read + len(text.encode("utf-8", "replace"))
             yield (
                 np.concatenate([start if starts else [], tokens], dtype=dtype, casting="unsafe"),
                 starts,
-                size,
             )
         now = time.time()
         megabytes = read / 1e6
@@ -352,13 +352,14 @@ def split(stream, wanted):
         count -= len(tokens)
 
 
-def estimate(held_out, stream, args):
+def estimate(held_out, stream, spelled, args):
     """Read both, write nothing, and print what the shards would hold."""
     documents, read, longest, length, total, val = 0, 0, 0, 0, 0, 0
     for part in (held_out, stream):
         val, total = total, 0
-        for tokens, starts, size in part:
-            documents, read, total = documents + starts, read + size, total + len(tokens)
+        for tokens, starts in part:
+            documents, total = documents + starts, total + len(tokens)
+            read += spelled[tokens].sum()
             length = len(tokens) + (0 if starts else length)
             longest = max(longest, length)
     aside = set_aside(total, 0 if args.val else args.val_tokens)
@@ -374,35 +375,36 @@ def estimate(held_out, stream, args):
 
 class ShardWriter:
     """A stream of tokens -> STEM_000001.bin and so on, each of `shard_tokens` tokens."""
-    def __init__(self, stem, number, vocab_size, shard_tokens):
-        from shards import FORMATS
+    def __init__(self, stem, number, vocab_size, shard_tokens, spelled):
+        from shards import BYTE_VOCAB, FORMATS
         self.dtype = np.uint16 if vocab_size <= 65535 else np.uint32
         self.magic, self.version = next(
             (m, v) for m, (v, dtype) in FORMATS.items() if dtype == self.dtype
         )
-        self.stem, self.number, self.vocab_size, self.shard_tokens = (
-            stem,
-            number,
-            vocab_size,
-            shard_tokens,
-        )
-        self.file, self.count = None, 0
+        self.stem, self.number = stem, number
+        self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
+        # Bytes of text a token; those of a vocabulary of bytes need no count.
+        self.spelled = spelled if vocab_size != BYTE_VOCAB else 0 * spelled
+        self.file, self.count, self.text_bytes = None, 0, 0
 
     def write(self, tokens):
         while len(tokens):
             if self.file is None or self.count == self.shard_tokens:
                 self.close()
-                self.file, self.count = open(f"{self.stem}_{self.number:06d}.bin", "w+b"), 0
+                self.file = open(f"{self.stem}_{self.number:06d}.bin", "w+b")
+                self.count, self.text_bytes = 0, 0
                 self.file.write(bytes(1024))
                 self.number += 1
             part, tokens = np.split(tokens, [self.shard_tokens - self.count])
             self.file.write(part.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes())
             self.count += len(part)
+            self.text_bytes += int(self.spelled[part].sum())
 
     def close(self):
         if self.file:
             header = np.zeros(256, "<i4")
             header[:4] = self.magic, self.version, self.count, self.vocab_size
+            header[4:6] = np.array([self.text_bytes], "<i8").view("<i4")
             self.file.seek(0)
             self.file.write(header.tobytes())
             self.file.flush()
@@ -495,19 +497,22 @@ def main(argv=None):
         if old := sorted(path for name in names for path in args.out.glob(name)):
             fail(f"{old[0]} is already there: remove the old shards or choose another --prefix")
     vocab_size, start, codec = TOKENIZERS[args.tokenizer]
-    encode, _ = codec(args.ranks)
+    encode, _, spelled = codec(args.ranks)
     if args.hub:        # the first row is asked for before anything is written
         rows = hub_pieces(args.hub, args)
         sources = [(args.hub, chain([*islice(rows, 1)], rows))]
     if args.estimate:
         return estimate(
-            *(tokenise(part, start, encode, np.uint32) for part in (held_out, sources)), args
+            *(tokenise(part, start, encode, np.uint32) for part in (held_out, sources)),
+            spelled,
+            args,
         )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.out, prefix=".unfinished_") as temporary:
             train, val = (
-                ShardWriter(f"{temporary}/{prefix}_{part}", number, vocab_size, args.shard_tokens)
+                ShardWriter(f"{temporary}/{prefix}_{part}", number, vocab_size, args.shard_tokens,
+                            spelled)
                 for part, number in (("train", 1), ("val", 0))
             )
             for tokens, *_ in tokenise(held_out, start, encode, val.dtype):

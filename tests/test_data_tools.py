@@ -174,11 +174,43 @@ def test_default_validation_part_and_none(tmp_path):
 
 
 def test_big_vocabularies_get_uint32(tmp_path):
-    writer = tool.ShardWriter(tmp_path / "q", 0, 151_643, 100)
+    writer = tool.ShardWriter(tmp_path / "q", 0, 151_643, 100, np.full(151_643, 3))
     writer.write(np.array([7, 151_642]))
     writer.close()
     tokens, vocab = open_shard(tmp_path / "q_000000.bin")
     assert (tokens.tolist(), tokens.dtype, vocab) == ([7, 151_642], np.uint32, 151_643)
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 10**6])
+def test_the_bytes_of_a_set_of_shards_are_those_of_its_text(shard_tokens, tmp_path, monkeypatch):
+    # Pieces, shards and validation begin inside documents, and inside characters.
+    monkeypatch.setattr(tool, "PIECE", 97)
+    rows = [{"text": text} for text in [*DOCS, "💡" * 60, " \n", "half a pair: \ud83d"]]
+    make(write_rows(tmp_path / "a.jsonl", rows), "--out", tmp_path / "s",
+         "--shard_tokens", shard_tokens)
+    parts = {path.name: open_shard(path)[0] for path in (tmp_path / "s").iterdir()}
+    # Half a pair is no text: its tokens are those of U+FFFD.
+    texts = [row["text"].replace("\ud83d", "\ufffd") for row in rows if row["text"].strip()]
+    assert sum(t.text_bytes or 0 for t in parts.values()) == sum(len(t.encode()) for t in texts)
+    for tokens in parts.values():
+        # A shard of a lone start token spells nothing, which reads as unknown.
+        assert (tokens.text_bytes is None) == (tokens.tolist() == [EOT])
+
+
+def test_the_bytes_that_a_header_promises(tmp_path):
+    def promising(count, vocab=50257, n=10):
+        header = np.frombuffer(shard(n)[:1024], "<i4").copy()
+        header[3] = vocab
+        header[4:6] = np.array([count], "<i8").view("<i4")
+        (tmp_path / "a.bin").write_bytes(header.tobytes() + shard(n)[1024:])
+        return open_shard(tmp_path / "a.bin")[0].text_bytes
+
+    assert promising(0) is None and promising(0, vocab=0) is None and promising(0, vocab=256) == 10
+    assert [promising(count) for count in (5, 43, 10240)] == [5, 43, 10240]
+    for count in (-1, 4, 10241, 2**62):
+        with pytest.raises(SystemExit, match=f"a.bin: the header promises {count:,} bytes of text "
+                                             "for 10 tokens: damaged"):
+            promising(count)
 
 
 # ---------------------------------------------------------------- text.py: Qwen's tokenizer
@@ -264,11 +296,12 @@ def spelled(token):
 def test_qwen_agrees_with_a_naive_bpe(qwen):
     path, ranks = qwen
     texts = ["<|endoftext|>" + crumbs(-i) for i in range(1, 1500)]
-    encode, decode = tool.TOKENIZERS["qwen"][2](path)
+    encode, decode, spelled = tool.TOKENIZERS["qwen"][2](path)
     got = encode(texts)
     for text, tokens in zip(texts, got):
         assert tokens == naive_bpe(text, ranks), ascii(text)
         assert decode(tokens) == unicodedata.normalize("NFC", text)
+        assert spelled[tokens].sum() == len(unicodedata.normalize("NFC", text).encode())
     assert sum(map(len, got)) < 0.7 * sum(len(t.encode()) for t in texts), "the merges are not used"
     assert decode([151_643, 151_935]) == "<|endoftext|><|151935|>"
 
@@ -301,7 +334,9 @@ def test_qwen_shards(qwen, tmp_path, monkeypatch):
     assert shards.pop("val_000000") == want[-500:] and vocab == {151_665}
     assert sum(shards.values(), []) == want[:-500] and want.count(151_643) == 2 and len(shards) > 2
     header = np.fromfile(tmp_path / "s/s_train_000001.bin", "<i4", 256)
-    assert header[:4].tolist() == [20240801, 7, 700, 151_665] and not header[4:].any()
+    assert header[:4].tolist() == [20240801, 7, 700, 151_665] and not header[6:].any()
+    total = sum(open_shard(p)[0].text_bytes for p in (tmp_path / "s").iterdir())
+    assert total == sum(len(unicodedata.normalize("NFC", doc).encode()) for doc in docs)
     assert (tmp_path / "s/s_train_000001.bin").stat().st_size == 1024 + 4 * 700
 
 
@@ -476,7 +511,7 @@ def test_the_last_line_says_how_to_train(tmp_path, capsys):
 
 def test_nothing_appears_before_everything_is_written(tmp_path, monkeypatch):
     def broken(*_):
-        yield np.arange(5), True, 5
+        yield np.arange(5), True
         assert not list((tmp_path / "s").glob("*.bin"))
         raise RuntimeError("power cut")
     (tmp_path / "a.txt").write_text("hello")
