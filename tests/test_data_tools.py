@@ -11,7 +11,9 @@ import json
 import os
 import random
 import resource
+import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(DATA)]
 
 import fineweb  # noqa: E402  (data/ is no package: its scripts are run, not installed)
 import text as tool  # noqa: E402
+from data import command  # noqa: E402
 from shards import open_data, open_shard  # noqa: E402
 from train_gpt2 import parse  # noqa: E402
 
@@ -528,6 +531,205 @@ def test_damaged_merges_are_noticed(tmp_path, monkeypatch):
             (tmp_path / "gpt2_vocab.bpe.bz2").write_bytes(content)
         with pytest.raises(SystemExit, match="missing or damaged"):
             tool.gpt2_encoding()
+
+
+# ---------------------------------------------------------------- text.py: faults
+def test_a_byte_order_mark_is_no_text_where_a_file_begins(tmp_path):
+    mark = "\ufeff".encode()
+    contents = {"a.txt": mark + b"one" + mark + b"\n",
+                "b.jsonl": mark + b'{"text": "two"}\n',
+                "c.txt.gz": gzip.compress(mark + b"three")}
+    for name, raw in contents.items():
+        (tmp_path / name).write_bytes(raw)
+    shards, _ = make(*[tmp_path / name for name in contents], "--out", tmp_path / "s",
+                     "--tokenizer", "bytes", "--val_tokens", 0)
+    # Inside a text it is U+FEFF, a character.
+    assert bytes(shards["train_000001"]) == b"one" + mark + b"\ntwothree"
+
+
+def test_a_null_is_a_blank_document_in_files_too(tmp_path):
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    shards, _ = make(write_rows(tmp_path / "a.jsonl", rows), "--out", tmp_path / "s",
+                     "--tokenizer", "bytes", "--val_tokens", 0)
+    assert bytes(shards["train_000001"]) == b"onetwo"
+
+
+@pytest.mark.parametrize("how", ["the same name", "a link", "a copy"])
+def test_no_training_file_validates(how, tmp_path):
+    train, val = tmp_path / "a.txt", tmp_path / "b.txt"
+    train.write_text("hello " * 50)
+    {"the same name": lambda: None, "a link": lambda: os.link(train, val),
+     "a copy": lambda: val.write_bytes(train.read_bytes())}[how]()
+    argv = [str(train), "--tokenizer", "bytes", "--out", str(tmp_path / "s"), "--val"]
+    with pytest.raises(SystemExit, match="^text.py: --val .* has the text of .*a.txt.*seen$"):
+        tool.main([*argv, str(val if val.exists() else train)])
+    assert not (tmp_path / "s").exists()
+    val.unlink(missing_ok=True)
+    val.write_text("other " * 50)
+    tool.main([*argv, str(val)])
+
+
+@pytest.mark.parametrize("prefix", ["../x", "/x", "a/b", "a/", "."])
+def test_a_prefix_is_no_path(prefix, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("hello " * 50)
+    with pytest.raises(SystemExit):
+        tool.main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "s"),
+                   "--prefix", prefix])
+    assert capsys.readouterr().err == (f"text.py: --prefix {prefix} is no beginning of a name: "
+                                       "choose the folder by --out\n")
+
+
+def test_a_newline_in_a_name_breaks_no_line(tmp_path, capsys):
+    odd = tmp_path / "new\nline's \x1b[31m"
+    odd.mkdir()
+    (odd / "a\nb.txt").write_text("hello " * 50)
+    argv = [str(odd / "a\nb.txt"), "--tokenizer", "bytes"]
+    for more in ([], ["--prefix", "p\nq"]):
+        tool.main([*argv, "--out", str(odd / "s"), *more])
+        read, train, val, last = capsys.readouterr().out.splitlines()
+        assert read.endswith("tokens, a\\nb.txt") and train.isprintable() and val.isprintable()
+        assert train.endswith("_train_000001.bin") and last.startswith("train with: ")
+        # What a shell makes of the command is a command that opens the shards.
+        words = subprocess.run(["bash", "-c", f"printf '%s\\0' {last[12:]}"],
+                               capture_output=True, text=True).stdout.split("\0")
+        assert [len(shards) for shards in open_data(parse(words[2:-1]))[:2]] == [1, 1]
+    for bad in ([*argv, "--out", str(odd / "s")], [str(odd / "no\n.txt"), "--estimate"],
+                [*argv, "--estimate", "--prefix", "\n/"], [*argv, "--no\nflag"]):
+        with pytest.raises(SystemExit) as stop:
+            tool.main(bad)
+        said = capsys.readouterr().err
+        said += f"{stop.value.code}\n" if isinstance(stop.value.code, str) else ""
+        assert said.count("\n") == 1 and said[:-1].isprintable() and "\\n" in said
+
+
+def fork(action, said):
+    """Run action() in a fork, which has all imports -> its process number; `said` has its words."""
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            # Another test may have had them ignored.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            with open(said, "w", buffering=1) as sys.stderr:
+                sys.stdout = sys.stderr
+                action()
+                code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+            if isinstance(e.code, str):
+                said.write_text(said.read_text() + e.code + "\n")
+        except BaseException as e:
+            said.write_text(repr(e))
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid, seconds=20):
+    """Wait for a fork -> its exit code, as a shell has it; AssertionError if it takes too long."""
+    for _ in range(seconds * 50):
+        if (done := os.waitpid(pid, os.WNOHANG))[0]:
+            return os.waitstatus_to_exitcode(done[1])
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"no end after {seconds} s")
+
+
+def wait_for(pattern, folder):
+    """Wait until a file is there -> its path."""
+    for _ in range(500):
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern}")
+
+
+def endless(tmp_path, prefix="p"):
+    """Start text.py, as a command, on a text that takes long -> its process, once it writes."""
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"hello\n" * 2**20, 1) * 200)
+    argv = ["text.py", str(tmp_path / "a.txt.gz"), "--out", str(tmp_path / "s"),
+            "--tokenizer", "bytes", "--val_tokens", "0", "--prefix", prefix]
+
+    def command():
+        sys.argv = argv
+        runpy.run_path(str(DATA / "text.py"), run_name="__main__")
+    pid = fork(command, tmp_path / f"said_{prefix}")
+    wait_for(f".unfinished_*/{prefix}_*.bin", tmp_path / "s")
+    return pid
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_text_py_in_one_line_and_leaves_nothing(name, tmp_path):
+    pid = endless(tmp_path)
+    number = getattr(signal, name)
+    os.kill(pid, number)
+    assert ended(pid) == 128 + number
+    assert (tmp_path / "said_p").read_text() == "text.py: stopped; no shard was made\n"
+    assert not list((tmp_path / "s").iterdir())
+
+
+def test_what_a_killed_run_left_is_swept_and_a_living_one_is_not(tmp_path):
+    (tmp_path / "b.txt").write_text("hello " * 50)
+    more = ["--out", str(tmp_path / "s"), "--tokenizer", "bytes"]
+    killed, alive = endless(tmp_path, "killed"), endless(tmp_path, "alive")
+    try:
+        os.kill(killed, signal.SIGKILL)
+        assert ended(killed) == -signal.SIGKILL
+        assert len(list((tmp_path / "s").glob(".unfinished_*"))) == 2
+        tool.main([str(tmp_path / "b.txt"), *more, "--prefix", "new"])
+        folder, = (tmp_path / "s").glob(".unfinished_*")
+        assert [path.name for path in folder.iterdir()] == ["alive_train_000001.bin"]
+        assert len(list((tmp_path / "s").glob("new_*.bin"))) == 2
+    finally:
+        os.kill(alive, signal.SIGTERM)
+    assert ended(alive) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("prefixes, codes", [("ab", [0, 0]), ("aa", [0, 1])])
+def test_two_runs_at_once(prefixes, codes, tmp_path):
+    """Neither sweeps the other's folder; with one prefix the later one is refused."""
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(f"hello {i} " * 50)
+    for out in (tmp_path / f"s{n}" for n in range(8)):
+        def one(i, out=out):
+            tool.main([str(tmp_path / f"{i}.txt"), "--tokenizer", "bytes", "--out", str(out),
+                       "--prefix", prefixes[i]])
+        pids = [fork(lambda i=i: one(i), tmp_path / f"said{i}") for i in range(2)]
+        assert sorted(ended(pid) for pid in pids) == codes, (tmp_path / "said0").read_text()
+        assert len([path.suffix == ".bin" for path in out.iterdir()]) == 2 * len(set(prefixes))
+        # The shards of one prefix are of one text.
+        for prefix in set(prefixes):
+            text = b"".join(open_shard(path)[0].astype(np.uint8).tobytes()
+                            for path in sorted(out.glob(f"{prefix}_*")))
+            assert len(set(text.split()) - {b"hello"}) == 1
+
+
+def test_shards_that_appeared_meanwhile_are_not_overwritten(tmp_path, monkeypatch):
+    out = tmp_path / "s"
+
+    def other_run(*_):
+        (out / "s_val_000000.bin").write_bytes(b"another run's")
+        yield np.arange(50), True
+    (tmp_path / "a.txt").write_text("hello")
+    monkeypatch.setattr(tool, "tokenise", other_run)
+    with pytest.raises(SystemExit, match="s_val_000000.bin is already there"):
+        tool.main([str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", "bytes"])
+    assert [p.read_bytes() for p in out.iterdir()] == [b"another run's"]
+
+
+def test_a_folder_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    lock, swept = command.lock, []
+
+    def late(folder, wait):
+        if wait and not swept:
+            swept.append(folder)
+            os.rmdir(folder)
+        return lock(folder, wait)
+    monkeypatch.setattr(command, "lock", late)
+    with command.unfinished(tmp_path) as folder:
+        assert os.path.isdir(folder) and [folder] != swept
 
 
 # ---------------- text.py: a dataset of the hub, and --estimate
