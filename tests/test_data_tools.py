@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import random
+import re
 import resource
 import runpy
 import shlex
@@ -648,7 +649,7 @@ def wait_for(pattern, folder):
 
 def endless(tmp_path, prefix="p"):
     """Start text.py, as a command, on a text that takes long -> its process, once it writes."""
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"hello\n" * 2**20, 1) * 200)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"hello " * 2**20, 1) * 200)
     argv = ["text.py", str(tmp_path / "a.txt.gz"), "--out", str(tmp_path / "s"),
             "--tokenizer", "bytes", "--val_tokens", "0", "--prefix", prefix]
 
@@ -673,10 +674,17 @@ def test_a_signal_ends_text_py_in_one_line_and_leaves_nothing(name, tmp_path):
 def test_what_a_killed_run_left_is_swept_and_a_living_one_is_not(tmp_path):
     (tmp_path / "b.txt").write_text("hello " * 50)
     more = ["--out", str(tmp_path / "s"), "--tokenizer", "bytes"]
-    killed, alive = endless(tmp_path, "killed"), endless(tmp_path, "alive")
+    killed = endless(tmp_path, "killed")
+    os.kill(killed, signal.SIGKILL)
+    assert ended(killed) == -signal.SIGKILL
+    folder, = (tmp_path / "s").iterdir()
+    # So that the next one does not sweep it.
+    folder.rename(tmp_path / "later")
+    alive = endless(tmp_path, "alive")
+    # A stopped process lives.
+    os.kill(alive, signal.SIGSTOP)
     try:
-        os.kill(killed, signal.SIGKILL)
-        assert ended(killed) == -signal.SIGKILL
+        (tmp_path / "later").rename(folder)
         assert len(list((tmp_path / "s").glob(".unfinished_*"))) == 2
         tool.main([str(tmp_path / "b.txt"), *more, "--prefix", "new"])
         folder, = (tmp_path / "s").glob(".unfinished_*")
@@ -684,6 +692,7 @@ def test_what_a_killed_run_left_is_swept_and_a_living_one_is_not(tmp_path):
         assert len(list((tmp_path / "s").glob("new_*.bin"))) == 2
     finally:
         os.kill(alive, signal.SIGTERM)
+        os.kill(alive, signal.SIGCONT)
     assert ended(alive) == 128 + signal.SIGTERM
 
 
@@ -698,7 +707,7 @@ def test_two_runs_at_once(prefixes, codes, tmp_path):
                        "--prefix", prefixes[i]])
         pids = [fork(lambda i=i: one(i), tmp_path / f"said{i}") for i in range(2)]
         assert sorted(ended(pid) for pid in pids) == codes, (tmp_path / "said0").read_text()
-        assert len([path.suffix == ".bin" for path in out.iterdir()]) == 2 * len(set(prefixes))
+        assert len(list(out.iterdir())) == 2 * len(set(prefixes))
         # The shards of one prefix are of one text.
         for prefix in set(prefixes):
             text = b"".join(open_shard(path)[0].astype(np.uint8).tobytes()
@@ -973,6 +982,7 @@ def hub(request):
     class Hub(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         files, faults, busy, log, repo = {}, [], [], [], request.param
+        gone = threading.Event()
 
         def do_HEAD(self):
             self.log.append(f"{self.command} {self.path}")
@@ -1010,6 +1020,15 @@ def hub(request):
             body = self.do_HEAD()
             fault = self.faults.pop(0) if body and self.faults and "/resolve/" in self.path else ""
             self.close_connection = fault == "cut off"
+            if fault in ("stall", "drip"):
+                # 1 KB, then silence; or a tenth every tenth of a second
+                step = 1000 if fault == "stall" else -(-len(body) // 10)
+                for i in range(0, len(body), step):
+                    self.wfile.write(body[i:i + step])
+                    self.wfile.flush()
+                    if self.gone.wait(60 if fault == "stall" else 0.1):
+                        return
+                return
             self.wfile.write({"cut off": body[:500], "flipped": body[:-1] + b"x"}.get(fault, body))
 
         def log_message(self, *_):
@@ -1022,6 +1041,7 @@ def hub(request):
     Hub.files = {f"{stem}_{name}.bin": shard(n) for name, n in
                  (("val_000000", 300), ("train_000001", 1000), ("train_000002", 2000))}
     yield Hub
+    Hub.gone.set()
     server.shutdown()
     server.server_close()
 
@@ -1140,3 +1160,132 @@ def test_a_wrong_number_of_shards(wrong, capsys):
     with pytest.raises(SystemExit):
         fineweb.main([wrong])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def fork_fetch(hub, tmp_path, *argv, before=lambda: None, **constants):
+    """Start fineweb.py as a command, with other constants, in a fork -> its process."""
+    def start():
+        os.environ.update(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
+                          NO_PROXY="127.0.0.1")
+        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+        # Its constants are read on import.
+        for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+            del sys.modules[name]
+        for name, value in constants.items():
+            assert hasattr(fineweb, name)
+            setattr(fineweb, name, value)
+        before()
+        command.run(lambda: fineweb.main([*map(str, argv), "--out", str(tmp_path / "out"),
+                                          "--repo", hub.repo]), "fineweb.py", "kept")
+    return fork(start, tmp_path / "said")
+
+
+def small_chunks():
+    """The client writes 10 MB at once: too coarse for a test."""
+    from huggingface_hub import constants
+    constants.DOWNLOAD_CHUNK_SIZE = 1000
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+def test_a_hub_that_stalls_ends_in_one_line(hub, tmp_path):
+    _, one, _ = hub.files
+    # The client begins anew each second, so silence alone is no error.
+    hub.faults = ["", *["stall"] * 99]
+    pid = fork_fetch(hub, tmp_path, 1, "--patience", 2, before=small_chunks)
+    assert ended(pid) == 1
+    first, val, last = (tmp_path / "said").read_text().splitlines()
+    assert last.startswith(f"fineweb.py: {hub.url} stalls: of {one} 0.0 MB came, and nothing more "
+                           "for 2 s (--patience)")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [val.split()[0]]
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+def test_a_slow_file_is_told_of_and_awaited(hub, tmp_path):
+    val, one, _ = hub.files
+    hub.files[one] = shard(50_000)
+    hub.faults = ["", "drip"]
+    pid = fork_fetch(hub, tmp_path, 1, "--patience", 0.8, before=small_chunks,
+                     LOOK=0.02, SPEAK=0.2, PROGRESS=1000)
+    assert ended(pid) == 0, (tmp_path / "said").read_text()
+    lines = (tmp_path / "said").read_text().splitlines()[2:-1]
+    told = [re.fullmatch(one + r"  (0\.\d) of 0\.1 MB, (\d\.\d\d) MB/s", line) for line in lines]
+    assert 2 <= len(told) <= 6 and all(told), lines
+    assert max(float(line[2]) for line in told) > 0
+    assert (tmp_path / "out" / one).read_bytes() == hub.files[one]
+
+
+def test_a_shard_that_is_not_offered_is_missed_before_anything_is_fetched(hub, tmp_path):
+    *_, two = hub.files
+    del hub.files[two]
+    pid = fork_fetch(hub, tmp_path, 2)
+    assert ended(pid) == 1
+    assert len((tmp_path / "said").read_text().splitlines()) <= 2
+    assert not any(line.startswith("GET") and "/resolve/" in line for line in hub.log)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_a_signal_ends_fineweb_py_and_the_next_run_sweeps(name, hub, tmp_path):
+    hub.faults = ["", "stall"]
+    pid = fork_fetch(hub, tmp_path, 1)
+    wait_for(".unfinished_*/.cache/**/*.incomplete", tmp_path / "out")
+    wait_for("*_val_*.bin", tmp_path / "out")
+    time.sleep(0.3)
+    os.kill(pid, getattr(signal, name))
+    if name == "SIGKILL":
+        assert ended(pid) == -signal.SIGKILL
+        assert len(list((tmp_path / "out").glob(".unfinished_*"))) == 1
+        assert ended(fork_fetch(hub, tmp_path, 1)) == 0, (tmp_path / "said").read_text()
+        assert {path.name for path in (tmp_path / "out").iterdir()} == set(list(hub.files)[:2])
+    else:
+        assert ended(pid) == 128 + getattr(signal, name)
+        assert (tmp_path / "said").read_text().splitlines()[2:] == ["fineweb.py: stopped; kept"]
+        assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".bin"]
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+@pytest.mark.parametrize("how", ["between two files", "within one"])
+def test_a_disk_that_fills_meanwhile_is_one_line(how, hub, tmp_path):
+    _, one, two = hub.files
+    hub.files[two] = shard(100_000)
+
+    def fill():
+        usage, asked = types.SimpleNamespace(free=10**12), []
+
+        def disk_usage(_):
+            asked.append(0)
+            # Before all, before the validation shard, before the first: the rest does not fit.
+            return usage if len(asked) <= 3 or how == "within one" else types.SimpleNamespace(free=1)
+        fineweb.shutil = types.SimpleNamespace(disk_usage=disk_usage)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    pid = fork_fetch(hub, tmp_path, 2, before=fill)
+    assert ended(pid) == 1
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert len(lines) == 4, lines
+    if how == "within one":
+        assert lines[3] == (f"fineweb.py: cannot write to {tmp_path}/out: File too large; 0.00 GB "
+                            "are still to come, 1000.00 GB are free")
+    else:
+        assert lines[3].startswith("fineweb.py: 0.0 GB needed, 0.0 GB free")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        line.split()[0] for line in lines[1:3])
+
+
+def test_a_newline_in_what_fineweb_py_prints(tmp_path, capsys):
+    out = tmp_path / "a\nb"
+    out.mkdir()
+    for name in ("x_val_0.bin", "x_train_1.bin"):
+        (out / name).write_bytes(shard(9))
+    fineweb.main(["1", "--repo", "me/toy", "--out", str(out)])
+    assert capsys.readouterr().out == f"{tmp_path}/a\\nb: 2 of 2 shards are there\n"
+    with pytest.raises(SystemExit):
+        fineweb.main(["1", "--no\nflag"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "nan"])
+def test_patience_is_above_zero(wrong, capsys):
+    with pytest.raises(SystemExit):
+        fineweb.main(["1", f"--patience={wrong}"])
+    assert capsys.readouterr().err.startswith("fineweb.py: --patience must be above 0")
