@@ -197,9 +197,9 @@ def main(argv=None):
         return sum(offer.size or 0 for offer in left.values())
 
     def free_space():
-        # Where there is no such folder yet, the disk is that of one above.
-        place = next(path for path in (args.out, *args.out.resolve().parents) if path.is_dir())
-        return shutil.disk_usage(place).free
+        # Where there is no such folder, the disk is that of one above.
+        places = (args.out, *args.out.resolve().parents)
+        return shutil.disk_usage(next(filter(os.path.isdir, places))).free
 
     def refuse_small_disk():
         # The client may go on from what an attempt has left.

@@ -671,6 +671,14 @@ def test_a_signal_ends_text_py_in_one_line_and_leaves_nothing(name, tmp_path):
     assert not list((tmp_path / "s").iterdir())
 
 
+@pytest.mark.parametrize("before, code", [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)])
+def test_a_signal_that_nohup_ignores_stays_ignored(before, code, tmp_path):
+    def start():
+        signal.signal(signal.SIGHUP, before)
+        command.run(lambda: os.kill(os.getpid(), signal.SIGHUP), "x", "y")
+    assert ended(fork(start, tmp_path / "said")) == code
+
+
 def test_what_a_killed_run_left_is_swept_and_a_living_one_is_not(tmp_path):
     (tmp_path / "b.txt").write_text("hello " * 50)
     more = ["--out", str(tmp_path / "s"), "--tokenizer", "bytes"]
@@ -1282,6 +1290,14 @@ def test_a_newline_in_what_fineweb_py_prints(tmp_path, capsys):
     with pytest.raises(SystemExit):
         fineweb.main(["1", "--no\nflag"])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(fineweb, "retry", lambda *_, **__: argparse.Namespace(size=2 * 10**8))
+    with pytest.raises(SystemExit, match="cannot write to .*: Not a directory; 0.40 GB are still "
+                                         r"to come, \d+.\d\d GB are free$"):
+        fineweb.main(["1", "--out", str(tmp_path / "file/out")])
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "nan"])
