@@ -128,10 +128,8 @@ def qwen_ranks(path):
         fail(f"cannot read {path}: {error.strerror}")
     except (ValueError, LookupError, TypeError, RecursionError):
         ranks = {}
-    if (
-        hashlib.sha256(b"".join(b"%b %d\n" % row for row in ranks.items())).hexdigest()
-        != QWEN_SHA256
-    ):
+    rows = b"".join(b"%b %d\n" % row for row in ranks.items())
+    if hashlib.sha256(rows).hexdigest() != QWEN_SHA256:
         fail(f"{path} is damaged or not Qwen's: --ranks takes its merges.txt, tokenizer.json or "
              "qwen.tiktoken")
     return ranks
@@ -164,17 +162,16 @@ def bpe_codec(encoding, normal=str):
     sizes = np.zeros(encoding.n_vocab, int)
     for token in range(encoding.eot_token):
         sizes[token] = len(encoding.decode_single_token_bytes(token))
-    return lambda texts: encoding.encode_ordinary_batch(
-        [*map(normal, texts)], num_threads=threads
-    ), encoding.decode, sizes
+
+    def encode(texts):
+        return encoding.encode_ordinary_batch([*map(normal, texts)], num_threads=threads)
+    return encode, encoding.decode, sizes
 
 
 def bytes_codec():
-    return (
-        lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts],
-        lambda tokens: bytes(tokens).decode(errors="replace"),
-        np.ones(256, int),
-    )
+    def encode(texts):
+        return [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
+    return encode, lambda tokens: bytes(tokens).decode(errors="replace"), np.ones(256, int)
 
 
 # Qwen's sizes: Qwen2.5 counts 151,665, Qwen3 four more, and their models are padded to 151,936,
@@ -305,10 +302,8 @@ def tokenise(sources, start, encode, dtype):
     for name, batch in batches(sources):
         for tokens, (text, starts) in zip(encode([text for text, _ in batch]), batch, strict=True):
             made, read = made + len(tokens), read + len(text.encode("utf-8", "replace"))
-            yield (
-                np.concatenate([start if starts else [], tokens], dtype=dtype, casting="unsafe"),
-                starts,
-            )
+            tokens = [start if starts else [], tokens]
+            yield np.concatenate(tokens, dtype=dtype, casting="unsafe"), starts
         now = time.time()
         megabytes = read / 1e6
         line = (f"{megabytes:.1f} MB read, {megabytes / (now - began):.1f} MB/s, {made:,} tokens, "
@@ -410,55 +405,34 @@ def parse(argv):
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     # one line, without the usage
     p.error = lambda message: p.exit(2, f"text.py: {printable(message)}\n")
-    p.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help=".txt or .jsonl, plain or .gz or .bz2"
-    )
-    p.add_argument(
-        "--hub",
-        metavar="NAME",
-        help="instead of files: a dataset of the hub, or a folder that holds one",
-    )
-    p.add_argument(
-        "--hub_config", metavar="NAME", help="the dataset's configuration, for example sample-10BT"
-    )
-    p.add_argument(
-        "--split", default="train", metavar="NAME", help="of the dataset (default: %(default)s)"
-    )
+    p.add_argument("files", nargs="*", type=Path, metavar="FILE",
+                   help=".txt or .jsonl, plain or .gz or .bz2")
+    p.add_argument("--hub", metavar="NAME",
+                   help="instead of files: a dataset of the hub, or a folder that holds one")
+    p.add_argument("--hub_config", metavar="NAME",
+                   help="the dataset's configuration, for example sample-10BT")
+    p.add_argument("--split", default="train", metavar="NAME",
+                   help="of the dataset (default: %(default)s)")
     p.add_argument("--rows", type=int, metavar="N", help="take only the dataset's first N rows")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder for the shards")
-    p.add_argument(
-        "--estimate",
-        action="store_true",
-        help="count documents, tokens and shards, and write nothing",
-    )
+    p.add_argument("--estimate", action="store_true",
+                   help="count documents, tokens and shards, and write nothing")
     p.add_argument("--prefix", help="how the shards' names begin (default: the name of the folder)")
     p.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: %(default)s")
-    p.add_argument(
-        "--ranks",
-        type=Path,
-        metavar="FILE",
-        help="qwen's merges.txt, tokenizer.json or qwen.tiktoken "
-        "(default: fetched from the hub once)",
-    )
-    p.add_argument(
-        "--separator",
-        default="<|endoftext|>",
-        metavar="LINE",
-        help="line between two documents of a .txt (default: %(default)s; '' is an empty line)",
-    )
+    p.add_argument("--ranks", type=Path, metavar="FILE",
+                   help="qwen's merges.txt, tokenizer.json or qwen.tiktoken (default: fetched from "
+                        "the hub once)")
+    p.add_argument("--separator", default="<|endoftext|>", metavar="LINE",
+                   help="line between two documents of a .txt (default: %(default)s; '' is an "
+                        "empty line)")
     p.add_argument("--field", default="text", help="field of a row (default: %(default)s)")
-    p.add_argument(
-        "--val_tokens",
-        type=int,
-        metavar="N",
-        help="validate on the last N tokens, 0: on none "
-        f"(default: a tenth of the text, at most {AUTO_VAL:,})",
-    )
+    p.add_argument("--val_tokens", type=int, metavar="N",
+                   help="validate on the last N tokens, 0: on none (default: a tenth of the text, "
+                        f"at most {AUTO_VAL:,})")
     p.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE",
                    help="validate on these files instead")
-    p.add_argument(
-        "--shard_tokens", type=int, default=100_000_000, metavar="N", help="default: %(default)s"
-    )
+    p.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N",
+                   help="default: %(default)s")
     args = p.parse_args(argv)
     if bool(args.files) == bool(args.hub):
         p.error("give either FILEs or --hub NAME")
@@ -472,12 +446,8 @@ def parse(argv):
         p.error(f"--prefix {args.prefix} is no beginning of a name: choose the folder by --out")
     if args.ranks and args.tokenizer != "qwen":
         p.error("--ranks is for --tokenizer qwen")
-    if (
-        args.shard_tokens < 1
-        or args.rows is not None
-        and args.rows < 1
-        or (args.val_tokens or 0) < 0
-    ):
+    rows = 1 if args.rows is None else args.rows
+    if args.shard_tokens < 1 or rows < 1 or (args.val_tokens or 0) < 0:
         p.error("--shard_tokens and --rows must be at least 1, and --val_tokens at least 0")
     return args
 
@@ -516,9 +486,7 @@ def main(argv=None):
     if args.estimate:
         return estimate(
             *(tokenise(part, start, encode, np.uint32) for part in (held_out, sources)),
-            spelled,
-            args,
-        )
+            spelled, args)
     try:
         with unfinished(args.out) as temporary:
             train, val = (
