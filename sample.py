@@ -60,7 +60,7 @@ def codec(vocab_size, ranks=None):
     if not name:
         raise SystemExit(f"no tokenizer for a vocabulary of {vocab_size:,} tokens, only for "
                          f"{sizes}")
-    encode, decode = TOKENIZERS[name][2](ranks)
+    encode, decode, _ = TOKENIZERS[name][2](ranks)
     return lambda text: [int(token) for token in encode([text])[0]], decode
 
 

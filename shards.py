@@ -1,8 +1,9 @@
 """Token shards: opening them, and which of them train and which validate.
 
 A shard is 256 little-endian int32 (magic, version, tokens, vocabulary), then the tokens. The format
-is llm.c's, plus the vocabulary in word 3, where the public FineWeb shards have 0. data/text.py
-writes it. Any defect is SystemExit with one line that says what to do.
+is llm.c's. data/text.py adds two numbers that are 0, unknown, in the public FineWeb shards: the
+vocabulary in word 3 and, as int64 in words 4 and 5, the UTF-8 bytes of the text that the tokens
+stand for. Any defect is SystemExit with one line that says what to do.
 """
 import glob
 import math
@@ -20,10 +21,17 @@ ROOT = Path(__file__).resolve().parent
 HEADER = 256
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}         # magic: (version, type)
 GPT2_VOCAB = 50257
+BYTE_VOCAB = 256            # its tokens are the bytes
+# bytes; no tokenizer's token spells as many (GPT-2's longest: 128)
+LONGEST_TOKEN = 1024
 
 
 def open_shard(path: str):
-    """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line."""
+    """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line.
+
+    The tokens' `text_bytes` is how many bytes of UTF-8 text they stand for, None where the shard
+    does not say; slices do not carry it.
+    """
     def refuse(why):
         raise SystemExit(f"{path}: {why}")
 
@@ -51,6 +59,12 @@ def open_shard(path: str):
                "truncated or damaged, fetch it again")
     tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
                        shape=(n,))
+    text_bytes = int(header[4:6].view("<i8")[0])
+    # A text token spells a byte or more. A start token spells none, but no two follow each other.
+    if text_bytes and not n // 2 <= text_bytes <= LONGEST_TOKEN * n:
+        refuse(f"the header promises {text_bytes:,} bytes of text for {n:,} tokens: damaged, make "
+               "or fetch it again (0 would mean unknown)")
+    tokens.text_bytes = n if vocab == BYTE_VOCAB else text_bytes or None
     # By which a reader notices that the file has changed.
     tokens.opened = (size, os.stat(path).st_mtime_ns)
     # In parts, so that the check needs no memory for the whole shard.

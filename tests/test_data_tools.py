@@ -10,8 +10,11 @@ import http.server
 import json
 import os
 import random
+import re
 import resource
+import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -30,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(DATA)]
 
 import fineweb  # noqa: E402  (data/ is no package: its scripts are run, not installed)
 import text as tool  # noqa: E402
+from data import command  # noqa: E402
 from shards import open_data, open_shard  # noqa: E402
 from train_gpt2 import parse  # noqa: E402
 
@@ -174,11 +178,43 @@ def test_default_validation_part_and_none(tmp_path):
 
 
 def test_big_vocabularies_get_uint32(tmp_path):
-    writer = tool.ShardWriter(tmp_path / "q", 0, 151_643, 100)
+    writer = tool.ShardWriter(tmp_path / "q", 0, 151_643, 100, np.full(151_643, 3))
     writer.write(np.array([7, 151_642]))
     writer.close()
     tokens, vocab = open_shard(tmp_path / "q_000000.bin")
     assert (tokens.tolist(), tokens.dtype, vocab) == ([7, 151_642], np.uint32, 151_643)
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 7, 10**6])
+def test_the_bytes_of_a_set_of_shards_are_those_of_its_text(shard_tokens, tmp_path, monkeypatch):
+    # Pieces, shards and validation begin inside documents, and inside characters.
+    monkeypatch.setattr(tool, "PIECE", 97)
+    rows = [{"text": text} for text in [*DOCS, "💡" * 60, " \n", "half a pair: \ud83d"]]
+    make(write_rows(tmp_path / "a.jsonl", rows), "--out", tmp_path / "s",
+         "--shard_tokens", shard_tokens)
+    parts = {path.name: open_shard(path)[0] for path in (tmp_path / "s").iterdir()}
+    # Half a pair is no text: its tokens are those of U+FFFD.
+    texts = [row["text"].replace("\ud83d", "\ufffd") for row in rows if row["text"].strip()]
+    assert sum(t.text_bytes or 0 for t in parts.values()) == sum(len(t.encode()) for t in texts)
+    for tokens in parts.values():
+        # A shard of a lone start token spells nothing, which reads as unknown.
+        assert (tokens.text_bytes is None) == (tokens.tolist() == [EOT])
+
+
+def test_the_bytes_that_a_header_promises(tmp_path):
+    def promising(count, vocab=50257, n=10):
+        header = np.frombuffer(shard(n)[:1024], "<i4").copy()
+        header[3] = vocab
+        header[4:6] = np.array([count], "<i8").view("<i4")
+        (tmp_path / "a.bin").write_bytes(header.tobytes() + shard(n)[1024:])
+        return open_shard(tmp_path / "a.bin")[0].text_bytes
+
+    assert promising(0) is None and promising(0, vocab=0) is None and promising(0, vocab=256) == 10
+    assert [promising(count) for count in (5, 43, 10240)] == [5, 43, 10240]
+    for count in (-1, 4, 10241, 2**62):
+        with pytest.raises(SystemExit, match=f"a.bin: the header promises {count:,} bytes of text "
+                                             "for 10 tokens: damaged"):
+            promising(count)
 
 
 # ---------------------------------------------------------------- text.py: Qwen's tokenizer
@@ -264,11 +300,12 @@ def spelled(token):
 def test_qwen_agrees_with_a_naive_bpe(qwen):
     path, ranks = qwen
     texts = ["<|endoftext|>" + crumbs(-i) for i in range(1, 1500)]
-    encode, decode = tool.TOKENIZERS["qwen"][2](path)
+    encode, decode, spelled = tool.TOKENIZERS["qwen"][2](path)
     got = encode(texts)
     for text, tokens in zip(texts, got):
         assert tokens == naive_bpe(text, ranks), ascii(text)
         assert decode(tokens) == unicodedata.normalize("NFC", text)
+        assert spelled[tokens].sum() == len(unicodedata.normalize("NFC", text).encode())
     assert sum(map(len, got)) < 0.7 * sum(len(t.encode()) for t in texts), "the merges are not used"
     assert decode([151_643, 151_935]) == "<|endoftext|><|151935|>"
 
@@ -301,7 +338,9 @@ def test_qwen_shards(qwen, tmp_path, monkeypatch):
     assert shards.pop("val_000000") == want[-500:] and vocab == {151_665}
     assert sum(shards.values(), []) == want[:-500] and want.count(151_643) == 2 and len(shards) > 2
     header = np.fromfile(tmp_path / "s/s_train_000001.bin", "<i4", 256)
-    assert header[:4].tolist() == [20240801, 7, 700, 151_665] and not header[4:].any()
+    assert header[:4].tolist() == [20240801, 7, 700, 151_665] and not header[6:].any()
+    total = sum(open_shard(p)[0].text_bytes for p in (tmp_path / "s").iterdir())
+    assert total == sum(len(unicodedata.normalize("NFC", doc).encode()) for doc in docs)
     assert (tmp_path / "s/s_train_000001.bin").stat().st_size == 1024 + 4 * 700
 
 
@@ -476,7 +515,7 @@ def test_the_last_line_says_how_to_train(tmp_path, capsys):
 
 def test_nothing_appears_before_everything_is_written(tmp_path, monkeypatch):
     def broken(*_):
-        yield np.arange(5), True, 5
+        yield np.arange(5), True
         assert not list((tmp_path / "s").glob("*.bin"))
         raise RuntimeError("power cut")
     (tmp_path / "a.txt").write_text("hello")
@@ -493,6 +532,221 @@ def test_damaged_merges_are_noticed(tmp_path, monkeypatch):
             (tmp_path / "gpt2_vocab.bpe.bz2").write_bytes(content)
         with pytest.raises(SystemExit, match="missing or damaged"):
             tool.gpt2_encoding()
+
+
+# ---------------------------------------------------------------- text.py: faults
+def test_a_byte_order_mark_is_no_text_where_a_file_begins(tmp_path):
+    mark = "\ufeff".encode()
+    contents = {"a.txt": mark + b"one" + mark + b"\n",
+                "b.jsonl": mark + b'{"text": "two"}\n',
+                "c.txt.gz": gzip.compress(mark + b"three")}
+    for name, raw in contents.items():
+        (tmp_path / name).write_bytes(raw)
+    shards, _ = make(*[tmp_path / name for name in contents], "--out", tmp_path / "s",
+                     "--tokenizer", "bytes", "--val_tokens", 0)
+    # Inside a text it is U+FEFF, a character.
+    assert bytes(shards["train_000001"]) == b"one" + mark + b"\ntwothree"
+
+
+def test_a_null_is_a_blank_document_in_files_too(tmp_path):
+    rows = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    shards, _ = make(write_rows(tmp_path / "a.jsonl", rows), "--out", tmp_path / "s",
+                     "--tokenizer", "bytes", "--val_tokens", 0)
+    assert bytes(shards["train_000001"]) == b"onetwo"
+
+
+@pytest.mark.parametrize("how", ["the same name", "a link", "a copy"])
+def test_no_training_file_validates(how, tmp_path):
+    train, val = tmp_path / "a.txt", tmp_path / "b.txt"
+    train.write_text("hello " * 50)
+    {"the same name": lambda: None, "a link": lambda: os.link(train, val),
+     "a copy": lambda: val.write_bytes(train.read_bytes())}[how]()
+    argv = [str(train), "--tokenizer", "bytes", "--out", str(tmp_path / "s"), "--val"]
+    with pytest.raises(SystemExit, match="^text.py: --val .* has the text of .*a.txt.*seen$"):
+        tool.main([*argv, str(val if val.exists() else train)])
+    assert not (tmp_path / "s").exists()
+    val.unlink(missing_ok=True)
+    val.write_text("other " * 50)
+    tool.main([*argv, str(val)])
+
+
+@pytest.mark.parametrize("prefix", ["../x", "/x", "a/b", "a/", "."])
+def test_a_prefix_is_no_path(prefix, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("hello " * 50)
+    with pytest.raises(SystemExit):
+        tool.main([str(tmp_path / "a.txt"), "--tokenizer", "bytes", "--out", str(tmp_path / "s"),
+                   "--prefix", prefix])
+    assert capsys.readouterr().err == (f"text.py: --prefix {prefix} is no beginning of a name: "
+                                       "choose the folder by --out\n")
+
+
+def test_a_newline_in_a_name_breaks_no_line(tmp_path, capsys):
+    odd = tmp_path / "new\nline's \x1b[31m"
+    odd.mkdir()
+    (odd / "a\nb.txt").write_text("hello " * 50)
+    argv = [str(odd / "a\nb.txt"), "--tokenizer", "bytes"]
+    for more in ([], ["--prefix", "p\nq"]):
+        tool.main([*argv, "--out", str(odd / "s"), *more])
+        read, train, val, last = capsys.readouterr().out.splitlines()
+        assert read.endswith("tokens, a\\nb.txt") and train.isprintable() and val.isprintable()
+        assert train.endswith("_train_000001.bin") and last.startswith("train with: ")
+        # What a shell makes of the command is a command that opens the shards.
+        words = subprocess.run(["bash", "-c", f"printf '%s\\0' {last[12:]}"],
+                               capture_output=True, text=True).stdout.split("\0")
+        assert [len(shards) for shards in open_data(parse(words[2:-1]))[:2]] == [1, 1]
+    for bad in ([*argv, "--out", str(odd / "s")], [str(odd / "no\n.txt"), "--estimate"],
+                [*argv, "--estimate", "--prefix", "\n/"], [*argv, "--no\nflag"]):
+        with pytest.raises(SystemExit) as stop:
+            tool.main(bad)
+        said = capsys.readouterr().err
+        said += f"{stop.value.code}\n" if isinstance(stop.value.code, str) else ""
+        assert said.count("\n") == 1 and said[:-1].isprintable() and "\\n" in said
+
+
+def fork(action, said):
+    """Run action() in a fork, which has all imports -> its process number; `said` has its words."""
+    pid = os.fork()
+    if not pid:
+        code = 99
+        try:
+            # Another test may have had them ignored.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            with open(said, "w", buffering=1) as sys.stderr:
+                sys.stdout = sys.stderr
+                action()
+                code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+            if isinstance(e.code, str):
+                said.write_text(said.read_text() + e.code + "\n")
+        except BaseException as e:
+            said.write_text(repr(e))
+        finally:
+            os._exit(code)
+    return pid
+
+
+def ended(pid, seconds=20):
+    """Wait for a fork -> its exit code, as a shell has it; AssertionError if it takes too long."""
+    for _ in range(seconds * 50):
+        if (done := os.waitpid(pid, os.WNOHANG))[0]:
+            return os.waitstatus_to_exitcode(done[1])
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"no end after {seconds} s")
+
+
+def wait_for(pattern, folder):
+    """Wait until a file is there -> its path."""
+    for _ in range(500):
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern}")
+
+
+def endless(tmp_path, prefix="p"):
+    """Start text.py, as a command, on a text that takes long -> its process, once it writes."""
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"hello " * 2**20, 1) * 200)
+    argv = ["text.py", str(tmp_path / "a.txt.gz"), "--out", str(tmp_path / "s"),
+            "--tokenizer", "bytes", "--val_tokens", "0", "--prefix", prefix]
+
+    def command():
+        sys.argv = argv
+        runpy.run_path(str(DATA / "text.py"), run_name="__main__")
+    pid = fork(command, tmp_path / f"said_{prefix}")
+    wait_for(f".unfinished_*/{prefix}_*.bin", tmp_path / "s")
+    return pid
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_text_py_in_one_line_and_leaves_nothing(name, tmp_path):
+    pid = endless(tmp_path)
+    number = getattr(signal, name)
+    os.kill(pid, number)
+    assert ended(pid) == 128 + number
+    assert (tmp_path / "said_p").read_text() == "text.py: stopped; no shard was made\n"
+    assert not list((tmp_path / "s").iterdir())
+
+
+@pytest.mark.parametrize("before, code", [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)])
+def test_a_signal_that_nohup_ignores_stays_ignored(before, code, tmp_path):
+    def start():
+        signal.signal(signal.SIGHUP, before)
+        command.run(lambda: os.kill(os.getpid(), signal.SIGHUP), "x", "y")
+    assert ended(fork(start, tmp_path / "said")) == code
+
+
+def test_what_a_killed_run_left_is_swept_and_a_living_one_is_not(tmp_path):
+    (tmp_path / "b.txt").write_text("hello " * 50)
+    more = ["--out", str(tmp_path / "s"), "--tokenizer", "bytes"]
+    killed = endless(tmp_path, "killed")
+    os.kill(killed, signal.SIGKILL)
+    assert ended(killed) == -signal.SIGKILL
+    folder, = (tmp_path / "s").iterdir()
+    # So that the next one does not sweep it.
+    folder.rename(tmp_path / "later")
+    alive = endless(tmp_path, "alive")
+    # A stopped process lives.
+    os.kill(alive, signal.SIGSTOP)
+    try:
+        (tmp_path / "later").rename(folder)
+        assert len(list((tmp_path / "s").glob(".unfinished_*"))) == 2
+        tool.main([str(tmp_path / "b.txt"), *more, "--prefix", "new"])
+        folder, = (tmp_path / "s").glob(".unfinished_*")
+        assert [path.name for path in folder.iterdir()] == ["alive_train_000001.bin"]
+        assert len(list((tmp_path / "s").glob("new_*.bin"))) == 2
+    finally:
+        os.kill(alive, signal.SIGTERM)
+        os.kill(alive, signal.SIGCONT)
+    assert ended(alive) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("prefixes, codes", [("ab", [0, 0]), ("aa", [0, 1])])
+def test_two_runs_at_once(prefixes, codes, tmp_path):
+    """Neither sweeps the other's folder; with one prefix the later one is refused."""
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(f"hello {i} " * 50)
+    for out in (tmp_path / f"s{n}" for n in range(8)):
+        def one(i, out=out):
+            tool.main([str(tmp_path / f"{i}.txt"), "--tokenizer", "bytes", "--out", str(out),
+                       "--prefix", prefixes[i]])
+        pids = [fork(lambda i=i: one(i), tmp_path / f"said{i}") for i in range(2)]
+        assert sorted(ended(pid) for pid in pids) == codes, (tmp_path / "said0").read_text()
+        assert len(list(out.iterdir())) == 2 * len(set(prefixes))
+        # The shards of one prefix are of one text.
+        for prefix in set(prefixes):
+            text = b"".join(open_shard(path)[0].astype(np.uint8).tobytes()
+                            for path in sorted(out.glob(f"{prefix}_*")))
+            assert len(set(text.split()) - {b"hello"}) == 1
+
+
+def test_shards_that_appeared_meanwhile_are_not_overwritten(tmp_path, monkeypatch):
+    out = tmp_path / "s"
+
+    def other_run(*_):
+        (out / "s_val_000000.bin").write_bytes(b"another run's")
+        yield np.arange(50), True
+    (tmp_path / "a.txt").write_text("hello")
+    monkeypatch.setattr(tool, "tokenise", other_run)
+    with pytest.raises(SystemExit, match="s_val_000000.bin is already there"):
+        tool.main([str(tmp_path / "a.txt"), "--out", str(out), "--tokenizer", "bytes"])
+    assert [p.read_bytes() for p in out.iterdir()] == [b"another run's"]
+
+
+def test_a_folder_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    lock, swept = command.lock, []
+
+    def late(folder, wait):
+        if wait and not swept:
+            swept.append(folder)
+            os.rmdir(folder)
+        return lock(folder, wait)
+    monkeypatch.setattr(command, "lock", late)
+    with command.unfinished(tmp_path) as folder:
+        assert os.path.isdir(folder) and [folder] != swept
 
 
 # ---------------- text.py: a dataset of the hub, and --estimate
@@ -736,6 +990,7 @@ def hub(request):
     class Hub(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         files, faults, busy, log, repo = {}, [], [], [], request.param
+        gone = threading.Event()
 
         def do_HEAD(self):
             self.log.append(f"{self.command} {self.path}")
@@ -773,6 +1028,15 @@ def hub(request):
             body = self.do_HEAD()
             fault = self.faults.pop(0) if body and self.faults and "/resolve/" in self.path else ""
             self.close_connection = fault == "cut off"
+            if fault in ("stall", "drip"):
+                # 1 KB, then silence; or a tenth every tenth of a second
+                step = 1000 if fault == "stall" else -(-len(body) // 10)
+                for i in range(0, len(body), step):
+                    self.wfile.write(body[i:i + step])
+                    self.wfile.flush()
+                    if self.gone.wait(60 if fault == "stall" else 0.1):
+                        return
+                return
             self.wfile.write({"cut off": body[:500], "flipped": body[:-1] + b"x"}.get(fault, body))
 
         def log_message(self, *_):
@@ -785,6 +1049,7 @@ def hub(request):
     Hub.files = {f"{stem}_{name}.bin": shard(n) for name, n in
                  (("val_000000", 300), ("train_000001", 1000), ("train_000002", 2000))}
     yield Hub
+    Hub.gone.set()
     server.shutdown()
     server.server_close()
 
@@ -903,3 +1168,140 @@ def test_a_wrong_number_of_shards(wrong, capsys):
     with pytest.raises(SystemExit):
         fineweb.main([wrong])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def fork_fetch(hub, tmp_path, *argv, before=lambda: None, **constants):
+    """Start fineweb.py as a command, with other constants, in a fork -> its process."""
+    def start():
+        os.environ.update(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0",
+                          NO_PROXY="127.0.0.1")
+        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+        # Its constants are read on import.
+        for name in [name for name in sys.modules if name.startswith("huggingface_hub")]:
+            del sys.modules[name]
+        for name, value in constants.items():
+            assert hasattr(fineweb, name)
+            setattr(fineweb, name, value)
+        before()
+        command.run(lambda: fineweb.main([*map(str, argv), "--out", str(tmp_path / "out"),
+                                          "--repo", hub.repo]), "fineweb.py", "kept")
+    return fork(start, tmp_path / "said")
+
+
+def small_chunks():
+    """The client writes 10 MB at once: too coarse for a test."""
+    from huggingface_hub import constants
+    constants.DOWNLOAD_CHUNK_SIZE = 1000
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+def test_a_hub_that_stalls_ends_in_one_line(hub, tmp_path):
+    _, one, _ = hub.files
+    # The client begins anew each second, so silence alone is no error.
+    hub.faults = ["", *["stall"] * 99]
+    pid = fork_fetch(hub, tmp_path, 1, "--patience", 2, before=small_chunks)
+    assert ended(pid) == 1
+    first, val, last = (tmp_path / "said").read_text().splitlines()
+    assert last.startswith(f"fineweb.py: {hub.url} stalls: of {one} 0.0 MB came, and nothing more "
+                           "for 2 s (--patience)")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [val.split()[0]]
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+def test_a_slow_file_is_told_of_and_awaited(hub, tmp_path):
+    val, one, _ = hub.files
+    hub.files[one] = shard(50_000)
+    hub.faults = ["", "drip"]
+    pid = fork_fetch(hub, tmp_path, 1, "--patience", 0.8, before=small_chunks,
+                     LOOK=0.02, SPEAK=0.2, PROGRESS=1000)
+    assert ended(pid) == 0, (tmp_path / "said").read_text()
+    lines = (tmp_path / "said").read_text().splitlines()[2:-1]
+    told = [re.fullmatch(one + r"  (0\.\d) of 0\.1 MB, (\d\.\d\d) MB/s", line) for line in lines]
+    assert 2 <= len(told) <= 6 and all(told), lines
+    assert max(float(line[2]) for line in told) > 0
+    assert (tmp_path / "out" / one).read_bytes() == hub.files[one]
+
+
+def test_a_shard_that_is_not_offered_is_missed_before_anything_is_fetched(hub, tmp_path):
+    *_, two = hub.files
+    del hub.files[two]
+    pid = fork_fetch(hub, tmp_path, 2)
+    assert ended(pid) == 1
+    assert len((tmp_path / "said").read_text().splitlines()) <= 2
+    assert not any(line.startswith("GET") and "/resolve/" in line for line in hub.log)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"])
+def test_a_signal_ends_fineweb_py_and_the_next_run_sweeps(name, hub, tmp_path):
+    hub.faults = ["", "stall"]
+    pid = fork_fetch(hub, tmp_path, 1)
+    wait_for(".unfinished_*/.cache/**/*.incomplete", tmp_path / "out")
+    wait_for("*_val_*.bin", tmp_path / "out")
+    time.sleep(0.3)
+    os.kill(pid, getattr(signal, name))
+    if name == "SIGKILL":
+        assert ended(pid) == -signal.SIGKILL
+        assert len(list((tmp_path / "out").glob(".unfinished_*"))) == 1
+        assert ended(fork_fetch(hub, tmp_path, 1)) == 0, (tmp_path / "said").read_text()
+        assert {path.name for path in (tmp_path / "out").iterdir()} == set(list(hub.files)[:2])
+    else:
+        assert ended(pid) == 128 + getattr(signal, name)
+        assert (tmp_path / "said").read_text().splitlines()[2:] == ["fineweb.py: stopped; kept"]
+        assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".bin"]
+
+
+@pytest.mark.parametrize("hub", ["me/toy"], indirect=True)
+@pytest.mark.parametrize("how", ["between two files", "within one"])
+def test_a_disk_that_fills_meanwhile_is_one_line(how, hub, tmp_path):
+    _, one, two = hub.files
+    hub.files[two] = shard(100_000)
+
+    def fill():
+        usage, asked = types.SimpleNamespace(free=10**12), []
+
+        def disk_usage(_):
+            asked.append(0)
+            # Before all, before the validation shard, before the first: the rest does not fit.
+            return usage if len(asked) <= 3 or how == "within one" else types.SimpleNamespace(free=1)
+        fineweb.shutil = types.SimpleNamespace(disk_usage=disk_usage)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    pid = fork_fetch(hub, tmp_path, 2, before=fill)
+    assert ended(pid) == 1
+    lines = (tmp_path / "said").read_text().splitlines()
+    assert len(lines) == 4, lines
+    if how == "within one":
+        assert lines[3] == (f"fineweb.py: cannot write to {tmp_path}/out: File too large; 0.00 GB "
+                            "are still to come, 1000.00 GB are free")
+    else:
+        assert lines[3].startswith("fineweb.py: 0.0 GB needed, 0.0 GB free")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        line.split()[0] for line in lines[1:3])
+
+
+def test_a_newline_in_what_fineweb_py_prints(tmp_path, capsys):
+    out = tmp_path / "a\nb"
+    out.mkdir()
+    for name in ("x_val_0.bin", "x_train_1.bin"):
+        (out / name).write_bytes(shard(9))
+    fineweb.main(["1", "--repo", "me/toy", "--out", str(out)])
+    assert capsys.readouterr().out == f"{tmp_path}/a\\nb: 2 of 2 shards are there\n"
+    with pytest.raises(SystemExit):
+        fineweb.main(["1", "--no\nflag"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(fineweb, "retry", lambda *_, **__: argparse.Namespace(size=2 * 10**8))
+    with pytest.raises(SystemExit, match="cannot write to .*: Not a directory; 0.40 GB are still "
+                                         r"to come, \d+.\d\d GB are free$"):
+        fineweb.main(["1", "--out", str(tmp_path / "file/out")])
+
+
+@pytest.mark.parametrize("wrong", ["0", "-1", "nan"])
+def test_patience_is_above_zero(wrong, capsys):
+    with pytest.raises(SystemExit):
+        fineweb.main(["1", f"--patience={wrong}"])
+    assert capsys.readouterr().err.startswith("fineweb.py: --patience must be above 0")
