@@ -1084,23 +1084,23 @@ def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
 # --------------------------------------------------------------------------------------------------
 # Log, checkpoint, clock
 
-def new_folder(cfg: Config) -> Path:
+def new_folder(cfg: Config, tries: int = 0) -> Path:
     """Make the folder of a run below output_dir: run_name, or a name that a number makes unique.
 
     SystemExit with one line where it cannot be made, or run_name is taken.
     """
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    name = cfg.run_name or f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
+    number = f"_{tries}" if tries else ""
+    name = cfg.run_name or f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}{number}"
     folder = Path(cfg.output_dir) / name
-    tries = 0
     try:
-        while not cfg.run_name and folder.exists():
-            tries += 1
-            folder = Path(cfg.output_dir) / f"{name}_{tries}"
         folder.mkdir(parents=True, exist_ok=bool(cfg.run_name))
         if any(folder.iterdir()):
             raise SystemExit(f"--run_name {name}: {folder} is not empty: choose another name")
     except OSError as e:
+        if isinstance(e, FileExistsError) and not cfg.run_name:
+            # Another run has started in the same second.
+            return new_folder(cfg, tries + 1)
         raise SystemExit(f"{folder}: cannot make this folder ({e.strerror}): change --output_dir "
                          "or --run_name") from None
     if not os.access(folder, os.W_OK):
@@ -1123,7 +1123,7 @@ class Log:
         start = (f"{sources}=== config\n{json.dumps(asdict(cfg))}\n"
                  f"=== env\n{json.dumps(facts)}\n=== run")
         try:
-            self.file = open(self.dir / "log.txt", "a", buffering=1)
+            self.file = open(self.dir / "log.txt", "a" if folder else "x", buffering=1)
             if not folder:
                 print(start, file=self.file)
             elif sources not in (self.dir / "log.txt").read_text():
@@ -1210,7 +1210,7 @@ class Watch:
             bad = [name for name, size in zip(names, seen[2:]) if not size.isfinite()]
             what = f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
             if not math.isfinite(loss):
-                what = f"the training loss is {loss}"
+                what = checkpoint.bad_weights(self.weights) or f"the training loss is {loss}"
             if self.bad > self.allowed:
                 refuse_numbers(step, what, self.saved)
             self.say(f"note: step {step} had no gradient: {what}; {self.bad} of at most "
@@ -1407,8 +1407,8 @@ def main(cfg: Config) -> float | None:
     """Train as cfg says and return the final validation loss in nats per token.
 
     Raises SystemExit with one line for anything the user can mend: missing or damaged shards,
-    impossible sizes. With --estimate it prints and returns None. A first SIGINT, SIGTERM or SIGHUP
-    ends the run behind its step, saved, with exit code 128 + signal; a second one at once.
+    impossible sizes. With --estimate it prints and returns None. A first SIGINT, SIGTERM, SIGHUP,
+    SIGUSR1 or SIGXCPU ends the run behind its step, saved, with exit code 128 + signal.
     """
     with checkpoint.Signals() as signals:
         return train(cfg, signals)
@@ -1505,10 +1505,9 @@ def train(cfg: Config, signals) -> float | None:
         random = checkpoint.random_state(device)
         if rank:
             return
-        bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        bad = checkpoint.bad_weights(watch.weights)
         if bad:
-            refuse_numbers(step, f"the weights {bad[0]} are not finite ({len(bad)} are not)",
-                           watch.saved)
+            refuse_numbers(step, bad, watch.saved)
         try:
             if watch.saved != step:
                 checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
