@@ -27,6 +27,9 @@ def open_shard(path: str):
     def refuse(why):
         raise SystemExit(f"{path}: {why}")
 
+    def refuse_error(e):
+        refuse(f"cannot be opened ({e.strerror}): with many shards, raise `ulimit -n`")
+
     if os.path.isdir(path):
         refuse("is a folder, not a shard: name a folder of shards by --data")
     if not os.path.isfile(path):
@@ -37,7 +40,7 @@ def open_shard(path: str):
     try:
         header = np.fromfile(path, dtype="<i4", count=HEADER)
     except OSError as e:
-        refuse(f"cannot be opened ({e.strerror}): with many shards, raise `ulimit -n`")
+        refuse_error(e)
     if len(header) < HEADER or header[0] not in FORMATS:
         refuse("not a token shard (make one with data/text.py)")
     version, dtype = FORMATS[header[0]]
@@ -49,8 +52,12 @@ def open_shard(path: str):
     if n < 1 or size != promised:
         refuse(f"the header promises {n:,} tokens in {promised:,} bytes, the file has {size:,}: "
                "truncated or damaged, fetch it again")
-    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
-                       shape=(n,))
+    try:
+        tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r",
+                           offset=4 * HEADER, shape=(n,))
+    except OSError as e:
+        # Each map keeps a file open.
+        refuse_error(e)
     # By which a reader notices that the file has changed.
     tokens.opened = (size, os.stat(path).st_mtime_ns)
     # In parts, so that the check needs no memory for the whole shard.
