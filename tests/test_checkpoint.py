@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import checkpoint
+import sample
 import train_gpt2
 from shards import open_shards
 from tests.runs import TINY, knobs_of, steps, train, weights
@@ -406,6 +407,16 @@ def test_weights_alone_are_not_enough_to_go_on(shards, tmp_path):
     torch.save(state, folder / "model.pt")
     with pytest.raises(SystemExit, match="holds weights only"):
         main(Config(**TRAIN | shards | dict(resume=str(folder))))
+
+
+def test_weights_that_are_not_finite_write_no_text(shards, tmp_path):
+    _, folder = run(tmp_path, **shards, num_iterations=1)
+    state = weights(folder)
+    state["model"]["wte.weight"][3, 5] = math.nan
+    torch.save(state, folder / "model.pt")
+    for temperature in ("0", "1"):
+        with pytest.raises(SystemExit, match="weights are not finite"):
+            sample.main([str(folder), "--temperature", temperature])
 
 
 # ---------------- disks
