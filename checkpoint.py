@@ -78,6 +78,12 @@ def sync_folder(folder: Path):
         os.close(handle)
 
 
+def bad_weights(weights: dict) -> str:
+    """{name: weights} -> what is not finite in them; nothing where all are."""
+    bad = [name for name, p in weights.items() if not p.isfinite().all()]
+    return f"the weights {bad[0]} are not finite ({len(bad)} are not)" if bad else ""
+
+
 def keep_old(folder: Path, step: int, keep: int):
     """Before model.pt is replaced: keep it by its step's name, and only keep - 1 of such."""
     last = folder / LAST
@@ -111,9 +117,10 @@ def read(path, mmap: bool = False) -> dict:
     mmap: without the checksums, and tensors stay on the disk until they are looked at.
     """
     path = Path(path)
-    if path.is_dir():
+    # Those of Path raise where a folder may not be looked into, or a name is too long.
+    if os.path.isdir(path):
         path /= LAST
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SystemExit(f"{path}: no such file: name a run's folder, or a checkpoint in it")
     try:
         if not mmap:
@@ -142,7 +149,7 @@ def find(cfg, data) -> Path | None:
     """--resume -> the checkpoint to go on from. auto: the newest below output_dir that fits."""
     if cfg.resume != "auto":
         path = Path(cfg.resume)
-        return path / LAST if path.is_dir() else path
+        return path / LAST if os.path.isdir(path) else path
     saved = Path(cfg.output_dir).glob(f"{cfg.run_name or '*'}/{LAST}")
     for path in sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -230,9 +237,17 @@ def restore(state: dict, model, optimizers, device: torch.device, rank: int, wor
 # --------------------------------------------------------------------------------------------------
 # Signals
 
+# A second one of these ends the run at once. SIGQUIT always does: some way out must not wait for a
+# step. Windows has only the first two.
+ENDS = ("SIGINT", "SIGTERM", "SIGHUP")
+# A batch system's, some minutes before it kills, and that of a limit of CPU seconds, which comes
+# again every second.
+WARNINGS = ("SIGUSR1", "SIGXCPU")
+
+
 class Signals:
-    """From listen() to the end of the block, a first SIGINT, SIGTERM or SIGHUP is only noted; a
-    second one acts."""
+    """From listen() to the end of the block, a first of ENDS and any of WARNINGS are only noted; a
+    second of ENDS acts."""
     def __init__(self):
         self.caught = 0                              # its number
         self.before = {}
@@ -242,22 +257,24 @@ class Signals:
 
     def listen(self):
         # Only the main thread may; others run as before.
-        if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)
-                if number is not None:
-                    self.before[number] = signal.signal(number, self.note)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for names, handler in ((ENDS, self.end), (WARNINGS, self.warn)):
+            for number in filter(None, (getattr(signal, name, None) for name in names)):
+                # Ignored on purpose: by nohup, or by a shell that runs us in the background.
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, handler)
 
-    def note(self, number, frame):
+    def warn(self, number, frame):
         self.caught = number
-        self.restore()
+
+    def end(self, number, frame):
+        self.caught = number
         # At once, for good: not the handler that was there before.
         for other in self.before:
-            signal.signal(other, signal.SIG_DFL)
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if signal.Signals(other).name in ENDS:
+                signal.signal(other, signal.SIG_DFL)
 
     def __exit__(self, *error):
-        self.restore()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -28,23 +28,23 @@ METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "bits_per_byte
 PROJECT = "spectral-nanogpt"
 
 
-def new_folder(cfg) -> Path:
+def new_folder(cfg, tries: int = 0) -> Path:
     """Make the folder of a run below output_dir: run_name, or a name that a number makes unique.
 
     SystemExit with one line where it cannot be made, or run_name is taken.
     """
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    name = cfg.run_name or f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}"
+    number = f"_{tries}" if tries else ""
+    name = cfg.run_name or f"{stamp}_{cfg.mixer.replace(',', '-')}_s{cfg.seed}{number}"
     folder = Path(cfg.output_dir) / name
-    tries = 0
     try:
-        while not cfg.run_name and folder.exists():
-            tries += 1
-            folder = Path(cfg.output_dir) / f"{name}_{tries}"
         folder.mkdir(parents=True, exist_ok=bool(cfg.run_name))
         if any(folder.iterdir()):
             raise SystemExit(f"--run_name {name}: {folder} is not empty: choose another name")
     except OSError as e:
+        if isinstance(e, FileExistsError) and not cfg.run_name:
+            # Another run has started in the same second.
+            return new_folder(cfg, tries + 1)
         raise SystemExit(f"{folder}: cannot make this folder ({e.strerror}): change --output_dir "
                          "or --run_name") from None
     if not os.access(folder, os.W_OK):
@@ -68,8 +68,8 @@ class Log:
                          for name in filter(None, cfg.log.split(","))}
         start = f"=== config\n{json.dumps(asdict(cfg))}\n=== env\n{json.dumps(facts)}\n=== run"
         try:
+            self.file = open(self.dir / "log.txt", "a" if folder else "x", buffering=1)
             self.keep_sources()
-            self.file = open(self.dir / "log.txt", "a", buffering=1)
             print(start, file=self.file)
             self.metrics = self.open_metrics(step)
         except OSError as e:

@@ -35,6 +35,9 @@ def open_shard(path: str):
     def refuse(why):
         raise SystemExit(f"{path}: {why}")
 
+    def refuse_error(e):
+        refuse(f"cannot be opened ({e.strerror}): with many shards, raise `ulimit -n`")
+
     if os.path.isdir(path):
         refuse("is a folder, not a shard: name a folder of shards by --data")
     if not os.path.isfile(path):
@@ -45,7 +48,7 @@ def open_shard(path: str):
     try:
         header = np.fromfile(path, dtype="<i4", count=HEADER)
     except OSError as e:
-        refuse(f"cannot be opened ({e.strerror}): with many shards, raise `ulimit -n`")
+        refuse_error(e)
     if len(header) < HEADER or header[0] not in FORMATS:
         refuse("not a token shard (make one with data/text.py)")
     version, dtype = FORMATS[header[0]]
@@ -57,8 +60,12 @@ def open_shard(path: str):
     if n < 1 or size != promised:
         refuse(f"the header promises {n:,} tokens in {promised:,} bytes, the file has {size:,}: "
                "truncated or damaged, fetch it again")
-    tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r", offset=4 * HEADER,
-                       shape=(n,))
+    try:
+        tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r",
+                           offset=4 * HEADER, shape=(n,))
+    except OSError as e:
+        # Each map keeps a file open.
+        refuse_error(e)
     text_bytes = int(header[4:6].view("<i8")[0])
     # A text token spells a byte or more. A start token spells none, but no two follow each other.
     if text_bytes and not n // 2 <= text_bytes <= LONGEST_TOKEN * n:
@@ -147,13 +154,10 @@ def open_data(cfg):
     return shards, val_shards, vocab
 
 
-def bytes_a_token(shards, vocab: int) -> float | None:
+def bytes_a_token(shards) -> float | None:
     """UTF-8 bytes of text a token, over all of these shards; None where one of them has no count.
-
-    Where 256 tokens are all, a token is a byte.
     """
-    sizes = [len(tokens) if vocab == 256 else getattr(tokens, "text_bytes", None)
-             for tokens in shards.values()]
+    sizes = [getattr(tokens, "text_bytes", None) for tokens in shards.values()]
     if not all(sizes):
         return None
     return sum(sizes) / sum(len(tokens) for tokens in shards.values())

@@ -1160,7 +1160,7 @@ class Watch:
             bad = [name for name, size in zip(names, seen[3:]) if not size.isfinite()]
             what = f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
             if not math.isfinite(loss):
-                what = f"the training loss is {loss}"
+                what = checkpoint.bad_weights(self.weights) or f"the training loss is {loss}"
             if self.bad > self.allowed:
                 refuse_numbers(step, what, self.saved)
             self.say(f"note: step {step} had no gradient: {what}; {self.bad} of at most "
@@ -1380,8 +1380,8 @@ def main(cfg: Config) -> float | None:
     """Train as cfg says and return the final validation loss in nats per token.
 
     Raises SystemExit with one line for anything the user can mend: missing or damaged shards,
-    impossible sizes. With --estimate it prints and returns None. A first SIGINT, SIGTERM or SIGHUP
-    ends the run behind its step, saved, with exit code 128 + signal; a second one at once.
+    impossible sizes. With --estimate it prints and returns None. A first SIGINT, SIGTERM, SIGHUP,
+    SIGUSR1 or SIGXCPU ends the run behind its step, saved, with exit code 128 + signal.
     """
     with checkpoint.Signals() as signals:
         return train(cfg, signals)
@@ -1404,7 +1404,7 @@ def train(cfg: Config, signals) -> float | None:
     batches = make_batches(shards, cfg, rank, world)
     val_batches = make_batches(val_shards, cfg, shuffle=False)
     val_n = val_batches.first(cfg.val_tokens)
-    text_bytes = bytes_a_token(val_shards, vocab)
+    text_bytes = bytes_a_token(val_shards)
     if cfg.estimate:
         print(estimate(cfg, batches, vocab, device, precision))
         return None
@@ -1480,10 +1480,9 @@ def train(cfg: Config, signals) -> float | None:
         random = checkpoint.random_state(device)
         if rank:
             return
-        bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+        bad = checkpoint.bad_weights(watch.weights)
         if bad:
-            refuse_numbers(step, f"the weights {bad[0]} are not finite ({len(bad)} are not)",
-                           watch.saved)
+            refuse_numbers(step, bad, watch.saved)
         try:
             if watch.saved != step:
                 checkpoint.keep_old(log.dir, watch.saved, cfg.keep)

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,9 @@ import pytest
 import torch
 
 import checkpoint
+import sample
 import train_gpt2
+from shards import open_shards
 from tests.runs import TINY, knobs_of, steps, train, weights
 from train_gpt2 import GPT, ROOT, Config, main
 
@@ -136,6 +140,16 @@ def test_what_differs_is_named(shards, tmp_path):
     assert fresh != folder and "nothing to go on from fits" in (fresh / "log.txt").read_text()
 
 
+def test_a_field_that_the_checkpoint_lacks_is_named(shards, tmp_path):
+    """What it was then is not known: today's default may be another."""
+    _, folder = run(tmp_path, **shards)
+    state = weights(folder)
+    del state["config"]["logit_softcap"]
+    torch.save(state, folder / "model.pt")
+    with pytest.raises(SystemExit, match=r"--logit_softcap is \S+, the checkpoint has none"):
+        main(Config(**TRAIN | shards | dict(resume=str(folder))))
+
+
 def test_last_best_and_some_more_are_kept(shards, tmp_path, monkeypatch):
     values = iter([4.0, 3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0])
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: next(values))
@@ -191,52 +205,122 @@ def test_thirty_kills_at_random_moments(shards, tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
+UNSAVED = LONG | dict(save_every=0, val_loss_every=0, num_iterations=400)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(shards, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"), **shards, **UNSAVED)[1]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_ends_the_run_saved(shards, tmp_path, name):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_a_signal_ends_the_run_saved(shards, tmp_path, never_stopped, name):
     number = getattr(signal, name)
-    knobs = dict(shards, **LONG | dict(save_every=0, val_loss_every=0, num_iterations=400))
-    codes, _ = driven(tmp_path, [1.0], number, **knobs)
+    codes, errors = driven(tmp_path, ["\nstep:10/", None], number, **shards, **UNSAVED,
+                           resume="auto")
+    assert codes == [128 + number, 0], errors
     folder, = (tmp_path / "cut").iterdir()
-    assert codes == [128 + number]
-    log = (folder / "log.txt").read_text()
-    step = weights(folder)["step"]
-    assert (f"\nstopped by {name} after step {step}, the last checkpoint is of step {step}: go on "
-            f"with --resume {folder}\n") in log
-    codes, _ = driven(tmp_path, [None], number, **knobs, resume=str(folder))
-    _, whole = run(tmp_path / "whole", **knobs)
-    assert codes == [0]
-    exact(whole, folder)
+    step, saved = re.search(rf"\nstopped by {name} after step (\d+), the last checkpoint is of step "
+                            rf"(\d+): go on with --resume {folder}\n", told(folder)).groups()
+    assert step == saved and f"\ngoes on from step {step} of " in told(folder)
+    exact(never_stopped, folder)
 
 
-@pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
-def test_a_killed_process_of_two_is_replaced(shards, tmp_path):
-    """torchrun starts both anew, which go on from the last checkpoint by themselves."""
-    knobs = TRAIN | shards | LONG | dict(output_dir=str(tmp_path / "cut"), run_name="run",
-                                         num_iterations=60, train_loss_every=1)
+@pytest.fixture
+def signals():
+    """Listening, in this process; what it listens to has no handler of its own."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+    if not all(hasattr(signal, name) for name in names):
+        pytest.skip("needs the signals of POSIX")
+    numbers = [getattr(signal, name) for name in names]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with checkpoint.Signals() as signals:
+        signals.listen()
+        yield signals
+    assert all(signal.getsignal(number) == signal.SIG_DFL for number in numbers
+               if number != signal.SIGHUP)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_warning_may_come_again(signals):
+    """A limit of CPU seconds warns every second, also while the run saves."""
+    for number in (signal.SIGXCPU, signal.SIGXCPU, signal.SIGUSR1, signal.SIGTERM):
+        signal.raise_signal(number)
+        assert signals.caught == number
+    # From now on at once.
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_what_nohup_ignores_stays_ignored(signals):
+    signal.raise_signal(signal.SIGHUP)
+    assert signals.caught == 0
+
+
+def two_processes(knobs):
+    """torchrun on its way, with one restart."""
     flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
              for name, value in knobs.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "--max-restarts=1", "train_gpt2.py", *flags]
-    env = os.environ | dict(OMP_NUM_THREADS="1")
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"),
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def start(*more):
-        return subprocess.Popen([*command, *more], cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True)
 
-    victim = start()
-    folder = tmp_path / "cut/run"
-    deadline = time.monotonic() + 60
-    while not (folder / "best.pt").exists() and time.monotonic() < deadline:
+def wait_for(condition, *args):
+    """Until it holds, at most two minutes."""
+    deadline = time.monotonic() + 120
+    while not condition(*args) and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def has_told(folder, words):
+    return (folder / "log.txt").exists() and words in (folder / "log.txt").read_text()
+
+
+PAIR = LONG | dict(num_iterations=60, train_loss_every=1, run_name="run")
+
+
+@pytest.fixture(scope="module")
+def never_stopped_pair(shards, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pair")
+    assert two_processes(TRAIN | shards | PAIR | dict(output_dir=out)).wait(timeout=120) == 0
+    return out / "run"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signals of POSIX")
+def test_a_signal_to_torchrun_ends_both_processes_saved(shards, tmp_path, never_stopped_pair):
+    """SIGTERM, then SIGINT to what goes on: as if nothing had been."""
+    folder = tmp_path / "run"
+    knobs = TRAIN | shards | PAIR | dict(save_every=0, val_loss_every=0, resume="auto",
+                                         output_dir=tmp_path)
+    for name, step in (("SIGTERM", 5), ("SIGINT", 25)):
+        victim = two_processes(knobs)
+        wait_for(has_told, folder, f"\nstep:{step}/")
+        victim.send_signal(getattr(signal, name))
+        errors = victim.communicate(timeout=120)[1]
+        # torchrun has a traceback of its own, and no other.
+        assert victim.returncode == 1 and errors.count("Traceback") == 1, errors
+        assert f"\nstopped by {name} after step {weights(folder)['step']}, " in told(folder)
+    assert two_processes(knobs).wait(timeout=120) == 0
+    assert told(folder).count("\ngoes on from step ") == 2
+    exact(never_stopped_pair, folder)
+
+
+@pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep")
+def test_a_killed_process_of_two_is_replaced(shards, tmp_path, never_stopped_pair):
+    """torchrun starts both anew, which go on from the last checkpoint by themselves."""
+    folder = tmp_path / "run"
+    victim = two_processes(TRAIN | shards | PAIR | dict(output_dir=tmp_path))
+    wait_for((folder / "best.pt").exists)
     children = subprocess.run(["pgrep", "-P", str(victim.pid)], capture_output=True, text=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     errors = victim.communicate(timeout=120)[1]
     assert victim.returncode == 0, errors
-    whole = start(f"--output_dir={tmp_path / 'whole'}")
-    assert whole.wait(timeout=120) == 0
-    assert "\ngoes on from step " in (folder / "log.txt").read_text()
-    exact(tmp_path / "whole/run", folder)
+    assert "\ngoes on from step " in told(folder)
+    exact(never_stopped_pair, folder)
 
 
 # ---------------- files that are no checkpoints
@@ -325,6 +409,16 @@ def test_weights_alone_are_not_enough_to_go_on(shards, tmp_path):
         main(Config(**TRAIN | shards | dict(resume=str(folder))))
 
 
+def test_weights_that_are_not_finite_write_no_text(shards, tmp_path):
+    _, folder = run(tmp_path, **shards, num_iterations=1)
+    state = weights(folder)
+    state["model"]["wte.weight"][3, 5] = math.nan
+    torch.save(state, folder / "model.pt")
+    for temperature in ("0", "1"):
+        with pytest.raises(SystemExit, match="weights are not finite"):
+            sample.main([str(folder), "--temperature", temperature])
+
+
 # ---------------- disks
 
 def test_a_full_disk_does_not_end_the_run(shards, tmp_path, monkeypatch):
@@ -389,56 +483,81 @@ def test_a_folder_that_vanishes_comes_back(shards, tmp_path, monkeypatch):
 
 # ---------------- bad numbers
 
-def poison(monkeypatch, step, name, place=0, value=math.nan):
-    """The gradient of a tensor at one step, after it was made. Steps count from 1."""
+UNUSED_ROW = 127 * 32                                       # of the padded vocabulary of 24
+# {what: (its part, a weight's name, a place in it, the step that tells, in which words)}. The fault
+# is in step 5; a weight that nothing reads is seen when it is saved.
+POISONS = {
+    "loss": ("loss", "", 0, 5, "the training loss is (nan|inf)"),
+    "gradient": ("grad", "blocks.0.mlp.fc.weight", 7, 5,
+                 "the gradient of blocks.0.mlp.fc.weight is not finite .1 are not."),
+    "gradient of an unused row": ("grad", "wte.weight", UNUSED_ROW, 5,
+                                  "the gradient of wte.weight is not finite .1 are not."),
+    "weight": ("weight", "blocks.0.mlp.fc.weight", 7, 5,
+               "the weights blocks.0.mlp.fc.weight are not finite .1 are not."),
+    "weight of an unused row": ("weight", "wte.weight", UNUSED_ROW, 6,
+                                "the weights wte.weight are not finite .1 are not."),
+}
+
+
+def poison(monkeypatch, step, part, name, place, value):
+    """Spoil the loss, a weight before the forward or a gradient behind the backward pass of a step.
+
+    Steps count from 1.
+    """
     real = train_gpt2.backward
     count = []
 
     def backward(forward, model, *args):
-        result = real(forward, model, *args)
         count.append(0)
-        if len(count) == step:
-            dict(model.named_parameters())[name].grad.view(-1)[place] = value
+        if len(count) != step:
+            return real(forward, model, *args)
+        if part == "loss":
+            return real(lambda x, y: value * forward(x, y), model, *args)
+        weight = dict(model.named_parameters())[name]
+        if part == "weight":
+            weight.data.view(-1)[place] = value
+        result = real(forward, model, *args)
+        if part == "grad":
+            weight.grad.view(-1)[place] = value
         return result
 
     monkeypatch.setattr(train_gpt2, "backward", backward)
 
 
-UNUSED_ROW = 127 * 32                                       # of the padded vocabulary of 24
+def all_finite(out):
+    """Of all checkpoints below a folder, as they are read."""
+    return all(p.isfinite().all() for path in out.glob("*/*.pt")
+               for p in checkpoint.read(path)["model"].values())
 
 
-@pytest.mark.parametrize("every", [1, 5, 1000])
-@pytest.mark.parametrize("name, place", [("blocks.0.mlp.fc.weight", 7), ("wte.weight", UNUSED_ROW)])
+@pytest.mark.parametrize("every", [5, 25, 1000])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_gradient_ends_the_run(shards, tmp_path, monkeypatch, every, name, place, value):
-    poison(monkeypatch, 5, name, place, value)
+@pytest.mark.parametrize("what", POISONS)
+def test_bad_numbers_end_the_run(shards, tmp_path, monkeypatch, what, value, every):
+    """Whether steps are logged or not; what was saved before is good, and nothing is after."""
+    part, name, place, step, words = POISONS[what]
+    poison(monkeypatch, 5, part, name, place, value)
     with pytest.raises(SystemExit) as e:
-        run(tmp_path, **shards, train_loss_every=every, save_every=1)
-    assert re.fullmatch(rf"step 5: the gradient of {name} is not finite .* the last good one is of "
-                        r"step 4", e.value.code)
-    for path in tmp_path.glob("*/*.pt"):
-        assert all(p.isfinite().all() for p in checkpoint.read(path)["model"].values())
-    assert weights(next(tmp_path.iterdir()))["step"] == 4
+        run(tmp_path, **shards, train_loss_every=every, save_every=2)
+    assert re.fullmatch(rf"step {step}: {words}: lower the learning rates. No checkpoint was "
+                        "overwritten, the last good one is of step 4", e.value.code)
+    assert all_finite(tmp_path) and weights(next(tmp_path.iterdir()))["step"] == 4
 
 
-@pytest.mark.parametrize("place", [3, UNUSED_ROW])
-def test_bad_weights_are_never_saved(shards, tmp_path, monkeypatch, place):
-    real = train_gpt2.set_schedule
-
-    def set_schedule(optimizers, step, cfg):
-        if step == 5:
-            with torch.no_grad():
-                optimizers[0].param_groups[0]["params"][0].view(-1)[place] = math.inf
-        real(optimizers, step, cfg)
-
-    monkeypatch.setattr(train_gpt2, "set_schedule", set_schedule)
-    with pytest.raises(SystemExit, match="not finite|loss is nan"):
-        run(tmp_path, **shards, train_loss_every=1000)
-    assert weights(next(tmp_path.iterdir()))["step"] == 4
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("rate", [1e3, 1e10, 1e38])
+def test_no_rate_is_too_high_for_good_checkpoints(shards, tmp_path, optim, rate):
+    """The run may end in a line, or in finite nonsense."""
+    try:
+        run(tmp_path, **shards, optim=optim, learning_rate=rate, save_every=1,
+            train_loss_every=1000)
+    except SystemExit as e:
+        assert "not finite" in e.code or "loss is" in e.code
+    assert all_finite(tmp_path)
 
 
 def test_bad_steps_may_be_passed_over(shards, tmp_path, monkeypatch):
-    poison(monkeypatch, 3, "wte.weight")
+    poison(monkeypatch, 3, "grad", "wte.weight", 0, math.nan)
     _, folder = run(tmp_path, **shards, skip_bad_steps=1)
     log = (folder / "log.txt").read_text()
     assert "note: step 3 had no gradient: the gradient of wte.weight is not finite (1 are not); " \
@@ -511,6 +630,24 @@ def test_a_shard_that_changes_is_one_line(shards, tmp_path, monkeypatch, change,
         run(tmp_path / "out", **paths)
 
 
+@pytest.mark.parametrize("spare", [40, 41])
+def test_more_shards_than_files_may_be_open_are_one_line(shards, tmp_path, spare):
+    """Whether it is the header or the map that is one file too many."""
+    resource = pytest.importorskip("resource")
+    for i in range(60):
+        shutil.copy(shards["input_val_bin"], tmp_path / f"{i}.bin")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The lowest free number is how many are open.
+    with open(os.devnull) as f:
+        free = f.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, hard))
+    try:
+        with pytest.raises(SystemExit, match="Too many open files.: with many shards, raise"):
+            open_shards(str(tmp_path / "*.bin"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_a_shard_that_vanishes_is_still_mapped(shards, tmp_path, monkeypatch):
     paths = copied(shards, tmp_path / "data")
     real = train_gpt2.set_schedule
@@ -529,7 +666,8 @@ FLAGS = ["--num_iterations=3", "--val_tokens=256", "--train_loss_every=1", "--se
          "--device=cpu", "--n_layer=1", "--n_embd=32"]
 
 
-@pytest.mark.parametrize("shell", ["{} >&-", "{} >/dev/full", "{} | head -n 1", "{} >&- 2>&- <&-"])
+@pytest.mark.parametrize("shell", ["{} >&-", "{} >/dev/full", "{} | head -n 1",
+                                   "{} <&- 2>/dev/full", "{} >&- 2>&- <&-"])
 def test_a_closed_stdout_does_not_end_the_run(tmp_path, shell):
     if "/dev/full" in shell and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
@@ -539,6 +677,72 @@ def test_a_closed_stdout_does_not_end_the_run(tmp_path, shell):
     log = next(tmp_path.glob("*/log.txt")).read_text()
     assert "final val_loss:" in log and list(tmp_path.glob("*/model.pt"))
     assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["{} 2>/dev/full", "{} <&- >&- 2>&-"])
+def test_a_refusal_needs_no_terminal(tmp_path, shell):
+    """The exit code says it, whoever listens."""
+    if "/dev/full" in shell and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    command = f"{sys.executable} train_gpt2.py --output_dir {tmp_path} --n_layer=-1"
+    done = subprocess.run(["bash", "-c", shell.format(command)], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode and "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def user():
+    """A folder of somebody whom permissions bind, unlike root, as whom the test then runs."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("needs the permissions of POSIX")
+    nobody = 65534
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(nobody)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    finally:
+        os.seteuid(before)
+
+
+def test_a_folder_that_may_not_be_written_is_one_line(user):
+    (user / "full").mkdir(mode=0o555)
+    (user / "hidden").mkdir(mode=0o600)
+    for out in (user / "full", user / "hidden", user / "hidden/logs", user / (300 * "x"),
+                user / "full/a/b"):
+        for name in ("", "run"):
+            with pytest.raises(SystemExit) as e:
+                train_gpt2.new_folder(Config(output_dir=str(out), run_name=name))
+            assert re.search(r"cannot make this folder \((Permission denied|File name too long)\): "
+                             "change --output_dir", e.value.code) and "\n" not in e.value.code
+
+
+def test_a_checkpoint_that_may_not_be_looked_for_is_one_line(user):
+    (user / "hidden").mkdir(mode=0o600)
+    for resume in (user / "hidden/run", user / (300 * "x")):
+        cfg = Config(output_dir=str(user), resume=str(resume))
+        with pytest.raises(SystemExit, match="no such file"):
+            checkpoint.resumed(cfg, {}, 0)
+    assert checkpoint.find(Config(output_dir=str(user / "hidden"), resume="auto"), {}) is None
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *args: "now")
+    with ThreadPoolExecutor(8) as pool:
+        folders = [*pool.map(train_gpt2.new_folder, 64 * [Config(output_dir=str(tmp_path))])]
+    assert len(set(folders)) == 64
+
+
+def test_two_runs_of_one_name_share_no_log(shards, tmp_path):
+    """Both have found the folder empty: the second to write its log ends."""
+    cfg = Config(output_dir=str(tmp_path), run_name="run")
+    folders = [train_gpt2.new_folder(cfg) for _ in range(2)]
+    assert folders[0] == folders[1]
+    (folders[0] / "log.txt").touch()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="File exists"):
+        patch.setattr(train_gpt2, "new_folder", lambda cfg: folders[1])
+        train_gpt2.Log(cfg, {})
 
 
 @pytest.mark.parametrize("env, words", [

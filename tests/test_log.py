@@ -84,10 +84,9 @@ def test_test_metrics(shards, tmp_path):
 def test_bits_per_byte():
     counted = {"a": torch.zeros(8)}
     counted["a"].text_bytes = 32
-    assert bytes_a_token(counted, 50257) == 4
-    assert bytes_a_token(counted, 256) == 1
-    assert bytes_a_token({"a": torch.zeros(8)}, 50257) is None
-    assert bytes_a_token(counted | {"b": torch.zeros(8)}, 50257) is None
+    assert bytes_a_token(counted) == 4
+    assert bytes_a_token({"a": torch.zeros(8)}) is None
+    assert bytes_a_token(counted | {"b": torch.zeros(8)}) is None
     assert per_byte(math.log(2) * 6, 4) == {"bits_per_byte": pytest.approx(1.5)}
     assert per_byte(1.0, None) == {}
 

@@ -114,6 +114,17 @@ def test_same_seed_same_numbers(shards, tmp_path):
     assert results[0][0] == results[1][0] != results[2][0]
 
 
+@pytest.mark.parametrize("optim", OPTIMS)
+@pytest.mark.parametrize("row", ["afno", "attn", "gdn"])
+def test_same_seed_same_bits(shards, tmp_path, row, optim):
+    if optim in ("ademamix", "soap"):
+        pytest.importorskip("pytorch_optimizer")
+    knobs = knobs_of(row, **shards, optim=optim, num_iterations=3)
+    (loss, one), (again, two) = [train(tmp_path / out, **knobs) for out in ("one", "two")]
+    assert loss == again
+    assert all(map(torch.equal, weights(one)["model"].values(), weights(two)["model"].values()))
+
+
 def test_checkpoint_reproduces_the_loss(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), save_every=2)
     # 7 windows: the last batch of 3 is short, and weighs less
