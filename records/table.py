@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import mean, stdev, variance
 
 ROOT = Path(__file__).resolve().parent.parent
+ENV = re.compile(r"^=== env\n(.*)", re.MULTILINE)
 FINAL = re.compile(r"^final val_loss:(\S+) params:(\d+) tokens:(\d+)", re.MULTILINE)
 CONFIG = re.compile(r"^=== config\n(.*)", re.MULTILINE)
 SEED = re.compile(r"(.+)_s\d+\.txt")

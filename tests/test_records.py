@@ -1,12 +1,15 @@
 """Records: tables, pictures and pages agree with the logs, and a log reads well in a browser."""
 
+import gzip
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "records"))
+import add  # noqa: E402
 import table  # noqa: E402
 
 RECORDS = sorted(page.parent for page in ROOT.glob("records/*/README.md"))
@@ -28,19 +32,38 @@ def run(script, *arguments, root=ROOT):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture
-def copy(tmp_path):
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
     """A repository of the records alone."""
-    shutil.copytree(ROOT / "records", tmp_path / "records",
-                    ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", tmp_path)
-    return tmp_path
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT / "records", folder / "records")
+    shutil.copy(ROOT / "README.md", folder)
+    return folder
 
 
-def edit(path, old, new):
+@contextmanager
+def edited(path, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
+    try:
+        yield
+    finally:
+        path.write_text(text)
+
+
+@pytest.fixture
+def tables(copy, monkeypatch, capsys):
+    """table.main() in the copy: arguments -> what it dies of, or None."""
+    def call(*arguments):
+        monkeypatch.setattr(table, "ROOT", copy)
+        monkeypatch.setattr(sys, "argv", ["table.py", *arguments])
+        table.runs.cache_clear()
+        try:
+            table.main()
+        except SystemExit as e:
+            return str(e)
+    return call
 
 
 # ----------------------------------------------------------------- tables
@@ -49,45 +72,56 @@ def test_every_table_is_what_the_logs_say():
     assert run("table", "--check") == (0, "", "")
 
 
-@pytest.mark.parametrize("page, old, new", [
-    (f"{HYBRID}/README.md", "| 0.0031 |", "| 0.0032 |"),
-    (f"{HYBRID}/README.md", "-5.86, 2.5, 0.016", "-5.86, 2.5, 0.015"),
-    (f"{HYBRID}/hybrid_s0.txt", "final val_loss:1.4974", "final val_loss:1.4975"),
-    ("records/README.md", "-0.0305 ± 0.0042", "-0.0305 ± 0.0043"),
-    ("README.md", "| 2, 0.0013 |", "| 3, 0.0013 |"),
-    ("README.md", "**-0.0212 ± 0.0063**", "**-0.0213 ± 0.0063**"),
-], ids=lambda text: text[-12:])
-def test_one_digit_more_or_less_is_found_and_repaired(copy, page, old, new):
-    pages = {path: path.read_text() for path in copy.glob("**/README.md")}
-    edit(copy / page, old, new)
-    code, _, said = run("table", "--check", root=copy)
-    assert code == 1
-    assert (page if page.endswith(".md") else f"{HYBRID}/README.md") in said
-    assert run("table", root=copy)[0] == 0
-    assert run("table", "--check", root=copy) == (0, "", "")
-    if page.endswith(".md"):
-        assert all(path.read_text() == text for path, text in pages.items())
+@pytest.mark.parametrize("path, old, new, page", [
+    (f"{HYBRID}/README.md", "| 0.0031 |", "| 0.0032 |", f"{HYBRID}/README.md"),
+    (f"{HYBRID}/README.md", "-5.86, 2.5, 0.016", "-5.86, 2.5, 0.015", f"{HYBRID}/README.md"),
+    (f"{HYBRID}/hybrid_s0.txt", "final val_loss:1.4974", "final val_loss:1.4975",
+     f"{HYBRID}/README.md"),
+    ("records/README.md", "-0.0305 ± 0.0042", "-0.0305 ± 0.0043", "records/README.md"),
+    ("README.md", "| 2, 0.0013 |", "| 3, 0.0013 |", "README.md"),
+    ("README.md", "**-0.0212 ± 0.0063**", "**-0.0213 ± 0.0063**", "README.md"),
+], ids=range(6))
+def test_one_digit_off_is_found_and_repaired(copy, tables, path, old, new, page):
+    before = {each: each.read_text() for each in copy.glob("**/README.md")}
+    with edited(copy / path, old, new):
+        assert f"{page}: not what the logs say" in tables("--check")
+        assert tables() is None and tables("--check") is None
+        same = all(each.read_text() == text for each, text in before.items())
+        assert same == path.endswith(".md")
+    assert tables() is None
+    assert all(each.read_text() == text for each, text in before.items())
 
 
-def test_what_cannot_be_rebuilt_is_one_line(copy):
-    page, log = copy / HYBRID / "README.md", copy / HYBRID / "hybrid_s0.txt"
-    for path, old, new, line in [
-        (page, "table: attn_short_conv", "table: attn_shirt_conv", "no variant attn_shirt_conv"),
-        (page, "<!-- end -->", "", "without an <!-- end -->"),
-        (log, "final val_loss", "final loss", "did not finish"),
-        (log, '"seed": 0', '"seed": 1', "a second log of seed 1"),
-        (log, "=== config", "=== flags", "no === config section"),
-    ]:
-        text = path.read_text()
-        edit(path, old, new)
+def test_check_says_so_by_its_exit_code_and_writes_nothing(copy):
+    with edited(copy / "README.md", "| 2, 0.0013 |", "| 3, 0.0013 |"):
+        text = (copy / "README.md").read_text()
+        assert run("table", "--check", root=copy) == (
+            1, "", "README.md: not what the logs say: run python records/table.py\n")
+        assert (copy / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("name, old, new, line", [
+    ("README.md", "table: attn_short_conv", "table: attn_shirt_conv", "no variant attn_shirt_conv"),
+    ("README.md", "<!-- end -->", "", "without an <!-- end -->"),
+    ("hybrid_s0.txt", "final val_loss", "final loss", "did not finish"),
+    ("hybrid_s0.txt", '"seed": 0', '"seed": 1', "a second log of seed 1"),
+    ("hybrid_s0.txt", "=== config", "=== flags", "no === config section"),
+], ids=range(5))
+def test_what_cannot_be_rebuilt_is_one_line(copy, tables, name, old, new, line):
+    with edited(copy / HYBRID / name, old, new):
         for arguments in [], ["--check"]:
-            code, _, said = run("table", *arguments, root=copy)
-            assert code == 1 and line in said and "hybrid" in said and said.count("\n") == 1
-        path.write_text(text)
-    for log in (copy / HYBRID).glob("*_s?.txt"):
-        log.unlink()
-    code, _, said = run("table", "--check", root=copy)
-    assert code == 1 and f"{HYBRID}: no logs" in said and said.count("\n") == 1
+            said = tables(*arguments)
+            assert line in said and "2026-11-24_hybrid" in said and "\n" not in said
+
+
+def test_a_table_without_logs_is_refused(copy, tables, tmp_path):
+    moved = shutil.move(copy / HYBRID, tmp_path)
+    (copy / HYBRID).mkdir()
+    shutil.copy(Path(moved) / "README.md", copy / HYBRID)
+    for arguments in [], ["--check"]:
+        assert f"{HYBRID}: no logs" in tables(*arguments)
+    shutil.rmtree(copy / HYBRID)
+    shutil.move(moved, copy / HYBRID)
 
 
 def test_every_record_has_a_table():
@@ -243,11 +277,94 @@ def test_a_record_can_be_run_again():
 
 
 @pytest.mark.parametrize("folder", RECORDS, ids=lambda p: p.name)
-def test_the_logs_of_a_record_name_their_sources(folder):
+def test_the_logs_of_a_record_name_their_sources_and_read_in_a_browser(folder):
     logs = list(folder.glob("*.txt"))
     assert logs
     for path in logs:
-        first, second, *_ = path.read_text().splitlines()
+        text = path.read_bytes().decode("ascii")
+        first, second, *_ = text.splitlines()
         _, _, name, _, checksum = first.split()
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum, path
-        assert second == "=== config"
+        assert second == "=== config" and not add.unreadable(text), path
+        assert not add.ABSOLUTE.search(text), path
+
+
+def test_what_does_not_read_in_a_browser_is_found():
+    text = (ROOT / HYBRID / "hybrid_s0.txt").read_text()
+    for bad, why in [(text.replace("step:25/", "\33[Kstep:25/"), "control character '\\x1b'"),
+                     (text.replace("\nstep:25/", "\rstep:25/"), "control character '\\r'"),
+                     (text.replace("=== config", "import json\n" * 9 + "=== config"), "first six"),
+                     (text.replace("tok/s", "tok/s" * 99, 1), "a line of")]:
+        assert bad != text and why in add.unreadable(bad)
+
+
+# ----------------------------------------------------------------- new records
+
+SOURCES = "=== source afno.py\nx = 1\n\n=== source train_gpt2.py\ny = 2\n\n"
+
+
+def finished(folder, seed, sources=SOURCES, packed=False, end=True, note=""):
+    """A run's folder as the trainer leaves it, its sources in log.txt or packed beside it."""
+    folder.mkdir(parents=True)
+    config = dict(input_bin="/big/web/*_train_*.bin", input_val_bin="/big/web/val.bin",
+                  output_dir=str(folder.parent), mixer="afno", seed=seed)
+    env = dict(command=["/home/me/repository/train_gpt2.py", f"--output_dir={folder.parent}"],
+               shards={"/big/web/x_train_0.bin": "12ab", "/big/web/val.bin": "34cd"})
+    text = (f"=== config\n{json.dumps(config)}\n=== env\n{json.dumps(env)}\n=== run\n"
+            f"step:5/5 val_loss:2.{seed}000 train_time:90ms step_avg:18.00ms\n{note}")
+    if end:
+        text += f"final val_loss:2.{seed}000 params:5 tokens:7000 train_time:0.1s\n"
+    (folder / "log.txt").write_text(text if packed else sources + text)
+    if packed:
+        (folder / "sources.txt.gz").write_bytes(gzip.compress(sources.encode()))
+
+
+def test_runs_become_a_record(tmp_path):
+    logs, record = tmp_path / "logs", tmp_path / "record"
+    finished(logs / "plain/a", 0)
+    finished(logs / "plain/b", 1, packed=True)
+    finished(logs / "wide/c", 0, sources=SOURCES + "z = 3\n")
+    finished(logs / "wide/d", 1, packed=True, end=False)
+    code, printed, said = run("add", logs, "--to", record)
+    assert (code, said) == (0, "") and len(printed.splitlines()) == 6
+    assert sorted(path.name for path in record.iterdir()) == [
+        "plain_s0.txt", "plain_s1.txt", "sources.txt.gz", "sources_2.txt.gz", "wide_s0.txt",
+        "wide_s1_failed.txt"]
+    held = [gzip.decompress((record / f"sources{n}.txt.gz").read_bytes()) for n in ("", "_2")]
+    assert held == [SOURCES.encode(), SOURCES.encode() + b"z = 3\n"]
+    text = (record / "wide_s0.txt").read_text()
+    checksum = hashlib.sha256((record / "sources_2.txt.gz").read_bytes()).hexdigest()
+    assert text.startswith(f"=== sources sources_2.txt.gz sha256 {checksum}\n=== config\n")
+    assert (record / "plain_s1.txt").read_text().split()[2] == "sources.txt.gz"
+    config, env = table.read(record / "plain_s1.txt")[1], json.loads(table.ENV.search(text)[1])
+    assert config["input_bin"] == "data/web/*_train_*.bin" and config["output_dir"] == "logs"
+    assert env["command"] == ["train_gpt2.py", "--output_dir=logs"]
+    assert list(env["shards"]) == ["data/web/x_train_0.bin", "data/web/val.bin"]
+    # what the run said is kept to the letter, and read as it was from logs
+    assert text.split("=== run")[1] == (logs / "wide/c/log.txt").read_text().split("=== run")[1]
+    assert table.runs(record) == {"plain": {0: (2.0, 5, 7000), 1: (2.1, 5, 7000)},
+                                  "wide": {0: (2.0, 5, 7000)}}
+    # more runs of the same sources add their logs alone
+    finished(logs / "more", 2)
+    code, printed, _ = run("add", f"{logs}/more=plain", "--to", record)
+    assert code == 0 and printed.split() == [str(record / "plain_s2.txt")]
+
+
+def test_a_run_that_cannot_be_added_leaves_nothing(tmp_path):
+    record = tmp_path / "record"
+    finished(tmp_path / "good", 0)
+    finished(tmp_path / "again", 0)
+    finished(tmp_path / "bare", 1, packed=True)
+    (tmp_path / "bare/sources.txt.gz").unlink()
+    finished(tmp_path / "torn", 1, packed=True)
+    edit_bytes = (tmp_path / "torn/sources.txt.gz").read_bytes()[:-9]
+    (tmp_path / "torn/sources.txt.gz").write_bytes(edit_bytes)
+    finished(tmp_path / "escape", 1, note="\33[Kstep\n")
+    finished(tmp_path / "secret", 1, note="note: saved in /home/me/private/model.pt\n")
+    (tmp_path / "empty").mkdir()
+    for bad, why in dict(again="is there already", bare="cannot be read", torn="cannot be read",
+                         escape="control character", secret="/home/me/private/model.pt",
+                         empty="no log.txt").items():
+        code, _, said = run("add", tmp_path / "good", tmp_path / bad, "--to", record)
+        assert code == 1 and why in said and bad in said and said.count("\n") == 1
+        assert not record.exists()
