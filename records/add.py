@@ -1,6 +1,6 @@
 """Copies runs into a record: a log of each without its sources, and the sources once.
 
-    python records/add.py logs/2026-11-24_hybrid --to records/2026-11-24_hybrid    # after its run.sh
+    python records/add.py logs/2026-11-24_hybrid --to records/2026-11-24_hybrid      # after run.sh
     python records/add.py logs/RUN=wide logs/OTHER --to records/2026-12-01_wide
 
 A folder is read, and its variants named, as by records/table.py; =VARIANT names them otherwise. A

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "records"))
 import add  # noqa: E402
+import plot  # noqa: E402
 import table  # noqa: E402
 
 RECORDS = sorted(page.parent for page in ROOT.glob("records/*/README.md"))
@@ -255,10 +256,11 @@ def test_differences_in_the_text_are_those_of_logs():
 
 
 def test_the_pages_speed_is_that_of_benches():
-    ratio = re.compile(r"\[([^]]*)\]\((?:records/)?(\S+_speed/\S+\.txt)\)([^|\n]*)\|?([^|\n]*)")
+    link = r"\[([^]]*)\]\((?:records/)?(\S+_speed/\S+\.txt)\)"
+    ratio = re.compile(link + r"[^|\n]*\|?([^|\n]*)")
     seen = 0
     for page in ROOT / "README.md", ROOT / "records/README.md":
-        for inside, name, _, cell in ratio.findall(page.read_text()):
+        for inside, name, cell in ratio.findall(page.read_text()):
             rows = re.findall(r"(\d+\.\d\d) +(\d+\.\d\d)$",
                               (ROOT / "records" / name).read_text(), re.MULTILINE)
             known = {float(f"{float(number):.{digits}f}") for row in rows for number in row
@@ -281,7 +283,7 @@ def test_the_logs_of_a_record_name_their_sources_and_read_in_a_browser(folder):
     logs = list(folder.glob("*.txt"))
     assert logs
     for path in logs:
-        text = path.read_bytes().decode("ascii")
+        text = path.read_text(encoding="utf-8")
         first, second, *_ = text.splitlines()
         _, _, name, _, checksum = first.split()
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum, path
@@ -296,6 +298,145 @@ def test_what_does_not_read_in_a_browser_is_found():
                      (text.replace("=== config", "import json\n" * 9 + "=== config"), "first six"),
                      (text.replace("tok/s", "tok/s" * 99, 1), "a line of")]:
         assert bad != text and why in add.unreadable(bad)
+
+
+# ----------------------------------------------------------------- pictures
+
+PICTURES = plot.pictures()
+
+
+def test_a_picture_is_named_where_it_is_shown():
+    assert len(PICTURES) >= 3
+    for args in PICTURES:
+        page = (Path(args.what[0]) / "README.md").read_text()
+        assert f"]({args.out})" in page and (Path(args.what[0]) / args.out).exists()
+    shown = [path for page in PAGES
+             for path in re.findall(r"!\[[^]]*\]\((\S+)\)", page.read_text())]
+    assert len(shown) == len(PICTURES) + 1          # the README shows one of them again
+
+
+@pytest.mark.parametrize("args", PICTURES, ids=lambda args: Path(args.what[0]).name)
+def test_what_a_picture_shows_is_what_the_logs_say(args):
+    runs, unit, _ = plot.chosen(args)
+    assert unit == "byte" and len(runs) == len(args.what) - 1
+    for text in args.what[1:]:
+        name, label = text.split("=")
+        files = sorted(Path(args.what[0]).glob(f"{name}_s?.txt"))
+        assert len(files) == len(runs[label]) > 1
+        for file, points in zip(files, runs[label]):
+            lines = [line.split() for line in file.read_text().splitlines() if " val_loss:" in line]
+            want = []
+            for step, loss, ms in [line[:3] for line in lines if line[0][:7] != "step:0/"
+                                   and line[0] != "final"]:
+                n = int(step[5:].split("/")[0])
+                seconds = int(ms[11:-2]) / 1e3
+                if args.ms:
+                    seconds = n * dict(args.ms)[name] / 1e3
+                want.append((n * 2048 / 1e6, seconds, float(loss[9:])))
+            assert points == want and len(want) >= 4
+
+
+def test_a_picture_draws_its_means_and_its_band():
+    figures = pytest.importorskip("matplotlib.figure")
+    runs = {"a": [[(1, 10, 4.0), (2, 20, 3.0)], [(1, 14, 4.4), (2, 24, 3.2)]],
+            "b": [[(1, 5, 9.0)]]}
+    for axis, x in enumerate([[1, 2], [12, 22]]):
+        axes = figures.Figure().add_subplot()
+        plot.draw(axes, runs, "{0} {1:.2f}", {2.5: "goal"}, axis, "byte")
+        a, b = axes.lines[:2]
+        assert list(a.get_xdata()) == x and list(a.get_ydata()) == pytest.approx([4.2, 3.1])
+        assert list(b.get_ydata()) == [9.0]
+        band = axes.collections[0].get_paths()[0].vertices.tolist()
+        for corner in [x[0], 4.0], [x[0], 4.4], [x[1], 3.0], [x[1], 3.2]:
+            assert corner in band
+        assert {text.get_text() for text in axes.texts} >= {"a 3.10", "b 9.00"}
+
+
+def luminance(colour):
+    """Of #RRGGBB: https://www.w3.org/TR/WCAG21/#dfn-relative-luminance"""
+    parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+    R, G, B = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * R + 0.7152 * G + 0.0722 * B
+
+
+def test_every_colour_reads_on_light_and_on_dark_pages():
+    light, dark = luminance("#ffffff") + 0.05, luminance("#0d1117") + 0.05
+    assert light / dark == pytest.approx(18.9, abs=0.1)
+    for colour in [*plot.COLOURS, plot.GREY]:
+        own = luminance(colour) + 0.05
+        assert light / own > 4.3 and own / dark > 4.3, colour
+
+
+def test_a_picture_has_no_background_of_its_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+    out = tmp_path / "overlay.png"
+    logs = f"{HYBRID}/afno_s0.txt", f"{HYBRID}/hybrid_s0.txt"
+    assert run("plot", *logs, "--out", out) == (0, f"{out}\n", "")
+    with Image.open(out) as image:
+        alpha = image.convert("RGBA").getchannel("A")
+    assert alpha.getpixel((0, 0)) == 0
+    assert 0.5 < alpha.histogram()[0] / (alpha.width * alpha.height) < 0.99
+
+
+def trained(folder, seed, mixer="afno", rate=0.1, losses=(3.0, 2.0), **env):
+    """A run's folder with log.txt and metrics.csv."""
+    folder.mkdir(parents=True)
+    config = dict(mixer=mixer, seed=seed, learning_rate=rate, vocab_size=50257,
+                  output_dir=str(folder.parent), run_name=folder.name)
+    env = dict(device="cpu", processes=1, threads=1, torch="2.13.0") | env
+    log = [f"=== config\n{json.dumps(config)}\n=== env\n{json.dumps(env)}\n=== run",
+           "5 parameters, afno, cpu x 1, 20 steps of 1,000 tokens, validated on 7 tokens",
+           "step:0/20 val_loss:9.0000 train_time:0ms step_avg:0.00ms"]
+    table = ["step,tokens,seconds,train_loss,val_loss,learning_rate,gradient_norm,"
+             "tokens_per_second", "0,0,0.0,,9.0,,,"]
+    for i, loss in enumerate(losses, 1):
+        log += [f"step:{i * 10}/20 val_loss:{loss:.4f} train_time:{i * 500}ms step_avg:50.00ms"]
+        table += [f"{i * 10},{i * 10000},{i / 2},{loss - 0.1},,0.1,1.5,20000",
+                  f"{i * 10},{i * 10000},{i / 2},,{loss},,,"]
+    (folder / "log.txt").write_text("\n".join(log) + "\n")
+    (folder / "metrics.csv").write_text("\n".join(table) + "\n")
+    return folder
+
+
+def test_runs_are_overlaid_by_variant(tmp_path):
+    a, b = trained(tmp_path / "a", 0), trained(tmp_path / "b", 1, losses=(3.2, 2.2, 1.0))
+    runs, unit, why = plot.curves([a, b])
+    assert (unit, why) == ("token", None)
+    # seeds of one variant, at the steps that both have
+    assert runs == {"afno": [[(0.01, 0.5, 3.0), (0.02, 1.0, 2.0)],
+                             [(0.01, 0.5, 3.2), (0.02, 1.0, 2.2)]]}
+    # another rate is another variant, and so is the same seed again
+    c = trained(tmp_path / "c", 1, rate=0.2)
+    assert list(plot.curves([a, c])[0]) == ["a", "c"]
+    assert list(plot.curves([a, trained(tmp_path / "d", 0)])[0]) == ["a", "d"]
+    e = trained(tmp_path / "e", 1, mixer="attn")
+    assert list(plot.curves([a, c, e])[0]) == ["a", "c", "attn"]
+    assert list(plot.curves([a, c], {"c": "twice"})[0]) == ["twice"]
+    # a log, its metrics.csv, and that alone say the same
+    assert plot.curves([a / "log.txt"]) == plot.curves([a]) == plot.curves([a / "metrics.csv"])
+    (b / "log.txt").unlink()
+    assert plot.curves([b])[0] == {"b": [[(0.01, 0.5, 3.2), (0.02, 1.0, 2.2), (0.03, 1.5, 1.0)]]}
+    # times of another machine do not compare
+    assert "machines" in plot.curves([a, trained(tmp_path / "f", 1, device="other")])[2]
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path):
+    a = trained(tmp_path / "a", 0)
+    never, other = trained(tmp_path / "never", 1, losses=()), tmp_path / "other/metrics.csv"
+    other.parent.mkdir()
+    other.write_text("step,loss\n1,2\n")
+    (tmp_path / "empty").mkdir()
+    bytewise = ROOT / HYBRID / "afno_s0.txt"
+    for arguments, line in [((tmp_path / "empty",), "no logs"),
+                            ((never,), "no validation"),
+                            ((other,), "no metrics.csv"),
+                            ((a, "wide=Wide"), "wide: neither a path"),
+                            (("typo",), "typo: neither a path"),
+                            ((a, bytewise), "bytes and some of tokens")]:
+        with pytest.raises(SystemExit, match=line) as raised:
+            plot.chosen(plot.arguments().parse_args(list(map(str, arguments))))
+        assert "\n" not in str(raised.value)
 
 
 # ----------------------------------------------------------------- new records
