@@ -367,16 +367,20 @@ def test_every_colour_reads_on_light_and_on_dark_pages():
         assert light / own > 4.3 and own / dark > 4.3, colour
 
 
-def test_a_picture_has_no_background_of_its_own(tmp_path):
+def test_pictures_rebuild_and_have_no_background(copy):
     pytest.importorskip("matplotlib")
     from PIL import Image
-    out = tmp_path / "overlay.png"
-    logs = f"{HYBRID}/afno_s0.txt", f"{HYBRID}/hybrid_s0.txt"
-    assert run("plot", *logs, "--out", out) == (0, f"{out}\n", "")
-    with Image.open(out) as image:
-        alpha = image.convert("RGBA").getchannel("A")
-    assert alpha.getpixel((0, 0)) == 0
-    assert 0.5 < alpha.histogram()[0] / (alpha.width * alpha.height) < 0.99
+    paths = sorted(copy.glob("records/*/curves.png"))
+    for path in paths:
+        path.unlink()
+    code, printed, said = run("plot", root=copy)
+    assert code == 0 and printed.split() == [str(path.relative_to(copy)) for path in paths]
+    assert "hybrid/curves.png: no panel of seconds: the seeds of AFNO took 395 to 820 s" in said
+    for path in paths:
+        with Image.open(path) as image:
+            alpha = image.convert("RGBA").getchannel("A")
+        assert alpha.getpixel((0, 0)) == 0
+        assert 0.5 < alpha.histogram()[0] / (alpha.width * alpha.height) < 0.99
 
 
 def trained(folder, seed, mixer="afno", rate=0.1, losses=(3.0, 2.0), **env):
@@ -447,10 +451,10 @@ SOURCES = "=== source afno.py\nx = 1\n\n=== source train_gpt2.py\ny = 2\n\n"
 def finished(folder, seed, sources=SOURCES, packed=False, end=True, note=""):
     """A run's folder as the trainer leaves it, its sources in log.txt or packed beside it."""
     folder.mkdir(parents=True)
-    config = dict(input_bin="/big/web/*_train_*.bin", input_val_bin="/big/web/val.bin",
+    config = dict(input_bin="/big/web/*_train_*.bin", input_val_bin="/big/val.bin",
                   output_dir=str(folder.parent), mixer="afno", seed=seed)
     env = dict(command=["/home/me/repository/train_gpt2.py", f"--output_dir={folder.parent}"],
-               shards={"/big/web/x_train_0.bin": "12ab", "/big/web/val.bin": "34cd"})
+               shards={"/big/web/x_train_0.bin": "12ab", "/big/val.bin": "34cd"})
     text = (f"=== config\n{json.dumps(config)}\n=== env\n{json.dumps(env)}\n=== run\n"
             f"step:5/5 val_loss:2.{seed}000 train_time:90ms step_avg:18.00ms\n{note}")
     if end:
@@ -471,8 +475,9 @@ def test_runs_become_a_record(tmp_path):
     assert sorted(path.name for path in record.iterdir()) == [
         "plain_s0.txt", "plain_s1.txt", "sources.txt.gz", "sources_2.txt.gz", "wide_s0.txt",
         "wide_s1_failed.txt"]
-    held = [gzip.decompress((record / f"sources{n}.txt.gz").read_bytes()) for n in ("", "_2")]
-    assert held == [SOURCES.encode(), SOURCES.encode() + b"z = 3\n"]
+    held = [(record / f"sources{n}.txt.gz").read_bytes() for n in ("", "_2")]
+    assert list(map(gzip.decompress, held)) == [SOURCES.encode(), SOURCES.encode() + b"z = 3\n"]
+    assert all(data[4:8] == bytes(4) for data in held)         # no time: the same file every time
     text = (record / "wide_s0.txt").read_text()
     checksum = hashlib.sha256((record / "sources_2.txt.gz").read_bytes()).hexdigest()
     assert text.startswith(f"=== sources sources_2.txt.gz sha256 {checksum}\n=== config\n")
@@ -480,7 +485,7 @@ def test_runs_become_a_record(tmp_path):
     config, env = table.read(record / "plain_s1.txt")[1], json.loads(table.ENV.search(text)[1])
     assert config["input_bin"] == "data/web/*_train_*.bin" and config["output_dir"] == "logs"
     assert env["command"] == ["train_gpt2.py", "--output_dir=logs"]
-    assert list(env["shards"]) == ["data/web/x_train_0.bin", "data/web/val.bin"]
+    assert list(env["shards"]) == ["data/web/x_train_0.bin", "data/big/val.bin"]
     # what the run said is kept to the letter, and read as it was from logs
     assert text.split("=== run")[1] == (logs / "wide/c/log.txt").read_text().split("=== run")[1]
     assert table.runs(record) == {"plain": {0: (2.0, 5, 7000), 1: (2.1, 5, 7000)},
@@ -489,6 +494,8 @@ def test_runs_become_a_record(tmp_path):
     finished(logs / "more", 2)
     code, printed, _ = run("add", f"{logs}/more=plain", "--to", record)
     assert code == 0 and printed.split() == [str(record / "plain_s2.txt")]
+    code, _, said = run("add", f"{logs}/more=plain", "--to", record)
+    assert code == 1 and "is there already" in said
 
 
 def test_a_run_that_cannot_be_added_leaves_nothing(tmp_path):
