@@ -192,8 +192,8 @@ def draw(rows: list[dict], folder: Path):
             axes.plot(*zip(*points), label=f"{label} {points[-1][1]:.4f}", **style)
             lowest.append(min(y for _, y in points))
     # An untrained model's loss would leave no room for the rest.
-    later = [float(row[name]) for row in rows[len(rows) // 5:] for name in ("train_loss", "val_loss")
-             if row[name]]
+    later = [float(row[name]) for row in rows[len(rows) // 5:]
+             for name in ("train_loss", "val_loss") if row[name]]
     room = 0.05 + 0.1 * (max(later) - min(lowest))
     axes.set(xlabel="million tokens", ylabel="nats per token", title=folder.name,
              ylim=(min(lowest) - room, max(later) + room))

@@ -1438,8 +1438,8 @@ def train(cfg: Config, signals) -> float | None:
             log(line)
 
     length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.num_iterations:,} steps"
-    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of {batches.per_step:,} tokens, validated on "
-        f"{val_batches.targets(val_n):,} tokens")
+    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
+        f"{batches.per_step:,} tokens, validated on {val_batches.targets(val_n):,} tokens")
     for line in ramp_notes(cfg):
         say(line)
     if cfg.resume and not path:

@@ -2,7 +2,6 @@
 are enough."""
 
 import ast
-import hashlib
 import importlib.util
 import os
 import re
@@ -80,32 +79,6 @@ def test_ruff():
 
 # Holds no losses: its table rests on tests.
 FAULTS = ROOT / "records/2026-11-28_faults/README.md"
-RECORDS = sorted(p.parent for p in ROOT.glob("records/*/README.md") if p != FAULTS)
-
-
-@pytest.mark.parametrize("folder", RECORDS, ids=lambda p: p.name)
-def test_the_table_of_a_record_comes_from_its_logs(folder):
-    # the page itself says by which command, control included
-    page = (folder / "README.md").read_text()
-    commands = re.findall(r"^ +python (records/table\.py records/.*)$", page, re.MULTILINE)
-    assert commands
-    for command in commands:
-        assert Path(command.split()[1]).name == folder.name
-        done = subprocess.run(
-            [sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and done.stdout.strip() in page, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("folder", RECORDS, ids=lambda p: p.name)
-def test_the_logs_of_a_record_name_their_sources(folder):
-    logs = list(folder.glob("*.txt"))
-    assert logs and os.access(folder / "run.sh", os.X_OK)
-    for path in logs:
-        first, second, *_ = path.read_text().splitlines()
-        _, _, name, _, checksum = first.split()
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum, path
-        assert second == "=== config"
 
 
 def test_the_fault_table_names_tests_that_exist():
