@@ -7,6 +7,7 @@ import argparse
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 from dataclasses import fields
@@ -59,9 +60,35 @@ def choices(word: str, names) -> str:
     return f"{near(word, names)}choose from {', '.join(names)}"
 
 
+def stray(word: str, argv) -> str:
+    """What to do about a word that is neither a flag nor the value of one."""
+    before = argv[:argv.index(word)]
+    flag = next((w for w in reversed(before) if w.startswith("--")), "")
+    if not flag or "=" in flag:
+        return "belongs to no flag: a flag starts with --, and a value with blanks needs quotes"
+    values = argv[argv.index(flag) + 1:]
+    values = values[:next((i for i, w in enumerate(values) if w.startswith("--")), len(values))]
+    pattern = os.path.commonprefix(values) + "*" + os.path.commonprefix(
+        [v[::-1] for v in values])[::-1]
+    quoted = pattern if all(map(os.path.exists, values)) else " ".join(values)
+    return f"{flag} takes one value: quote it, {flag} '{quoted}'"
+
+
+def check_words(name: str, words: list[str], known=None):
+    """ValueError for a word that does not print in one line, or is none of those known."""
+    for word in words:
+        if not word.isprintable():
+            raise ValueError(f"--{name} {word!r}: a line break, or what else does not print, is in "
+                             "it: take it out")
+        if known and word not in known:
+            raise ValueError(f"--{name} {word}: no such {name}; {choices(word, known)}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line: without the list of all flags before it."""
     def error(self, message):
+        if not message.isprintable():
+            message = repr(message)[1:-1]
         raise SystemExit(f"{self.prog}: error: {message} (--help lists the flags)")
 
     def typed(self, argv) -> dict:
@@ -71,6 +98,8 @@ class Parser(argparse.ArgumentParser):
             if word.endswith("=--"):
                 self.error(f"{word}: -- is no value")
         known, unknown = self.parse_known_args(argv)
+        if unknown and unknown[0][:1] != "-":
+            self.error(f"{unknown[0]}: {stray(unknown[0], argv)}")
         if unknown:
             # Without the dashes, which would make all flags alike.
             names = [flag.lstrip("-") for flag in self._option_string_actions]

@@ -234,6 +234,20 @@ WRONG = [  # (flags, what the line must name)
     (["--model=d11"], "did you mean d12?"),
     # argparse takes this for no value.
     (["--mixer=--"], "--mixer=--"),
+    (["--afno_backend=toplitz"], "did you mean toeplitz?"),
+    (["--mixer=fan", "--fan_trig=sinus"], "did you mean sin?"),
+    (["--mixer=fftnet", "--fftnet_filter=runing"], "did you mean running?"),
+    (["--device=cud"], "did you mean cuda?"),
+    (["--dtype=bf32"], "did you mean fp32?"),
+    # A shell makes several words of a glob or a blank that is not quoted.
+    (["--input_bin", TRAIN, VAL, f"--input_val_bin={VAL}"], "--input_bin 'data/tinyshakespeare/*"),
+    (["--run_name", "first", "try", "--seed=1"], "--run_name 'first try'"),
+    # What does not print is told in one line.
+    (["--run_name=a\nb"], r"--run_name 'a\nb'"),
+    (["--input_bin=a\nb", "--input_val_bin=b"], r"--input_bin 'a\nb'"),
+    (["--mixer=attn\n"], r"--mixer 'attn\n'"),
+    (["--non\nsense"], r"--non\nsense"),
+    (["a\nb"], r"a\nb"),
     (["--n_layer=--"], "--n_layer=--"),
     # Shards: where they come from, and that none is used twice.
     ([f"--input_bin={TRAIN}"], "without --input_val_bin"),

@@ -1,0 +1,162 @@
+"""What a run costs, without running it: parameters, FLOPs, memory and time, as --estimate says."""
+import time
+import weakref
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels import default_chunk
+from machine import PEAK_FLOPS, RTX_4090, device_peak_flops, duration, is_available
+
+
+def flops_per_token(roles, blocks, T: int) -> int:
+    """Training FLOPs a token: 6 a weight that multiplies it, and 3 times each mixer's forward cost.
+
+    roles {parameter: role} counts a tied embedding once, as the head. Kernel generation, which is
+    once a step, is left out.
+    """
+    head = "head" if "head" in roles.values() else "embed"
+    weights = sum(p.numel() for p, role in roles.items() if role in ("matrix", "proj", head))
+    return 6 * weights + 3 * sum(block.mixer.flops(T) for block in blocks)
+
+
+def matmul_flops(n: int = 1024, tries: int = 5) -> float:
+    """FLOP/s of an fp32 product on this CPU, the best of a few: about 50 ms."""
+    a = torch.randn(n, n)
+    best = 0.0
+    for _ in range(tries):
+        start = time.perf_counter()
+        a @ a
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operations return and something still holds: now, and at most.
+
+    Under FakeTensorMode nothing is computed or allocated, but autograd holds what it would hold.
+    What `module` owns is not counted.
+    """
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.now = 0
+        self.most = 0
+        owned = [*module.parameters(), *module.buffers()]
+        self.known = {tensor.untyped_storage()._cdata for tensor in owned}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor.untyped_storage())
+        return result
+
+    def hold(self, storage):
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self.forget, key, storage.nbytes())
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype):
+    """-> bytes that a forward pass leaves behind for backward, bytes in use at its peak.
+
+    make_model() -> GPT; shape: rows and tokens a row of a micro-batch. Uncompiled, on fake tensors:
+    torch.compile leaves less behind, since it fuses and recomputes.
+    """
+    with FakeTensorMode():
+        model = make_model()
+        idx = torch.zeros(shape, dtype=torch.long)
+        live = LiveBytes(model)
+        half = torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16)
+        with half, live:
+            loss = model(idx, idx)
+        kept = live.now
+        del loss
+    return kept, live.most
+
+
+def memory_estimate(cfg, make_model, shape: tuple[int, int], roles, state_per_weight,
+                    precision: torch.dtype, compiled: bool) -> str:
+    """About how much training takes, MiB.
+
+    shape: rows and tokens a row of a micro-batch; roles {parameter: role}; state_per_weight: fp32
+    numbers that the optimizer keeps a weight of a matrix, of another.
+    """
+    kept, peak = count_activations(make_model, shape, precision)
+    parts = {"activations": kept, "logits": peak - kept}
+    if compiled:
+        # Logits of a chunk and their gradient, in the dtype of the GEMM (kernels.py).
+        chunk = min(shape[0] * shape[1], default_chunk(cfg.vocab_rows))
+        parts = {"activations before fusion": kept,
+                 "logits": 2 * chunk * cfg.vocab_rows * precision.itemsize}
+    count = count_roles(roles)
+    params = sum(count.values())
+    matrices = count.get("matrix", 0) + count.get("proj", 0)
+    per_matrix, per_other = state_per_weight
+    optimizer = per_matrix * matrices + per_other * (params - matrices)
+    parts = {"weights and gradients": 8 * params, "optimizer": 4 * optimizer} | parts
+    text = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    return f"about {sum(parts.values()) / 2**20:,.0f} MiB ({text})"
+
+
+def time_estimates(flops: float, device: torch.device) -> list[str]:
+    """How long so many FLOPs take, here and on an RTX 4090; nothing for less than a second."""
+    rates = {}
+    # A CUDA device may be only told of: see pick_device.
+    peak = device_peak_flops(device) if is_available(device.type) else None
+    if peak:
+        rates["this GPU at 50% MFU"] = 0.5 * peak
+    elif device.type == "cpu":
+        rates["this CPU at 30% of its fp32 peak"] = 0.3 * matmul_flops()
+    # The public baseline has 62%.
+    rates["an RTX 4090 at 60% MFU"] = 0.6 * PEAK_FLOPS[RTX_4090]
+    return [f"about {duration(flops / rate)} on {where}" for where, rate in rates.items()
+            if flops > rate]
+
+
+def count_roles(roles) -> dict[str, int]:
+    """{parameter: role} -> {role: weights}"""
+    count = {}
+    for p, role in roles.items():
+        count[role] = count.get(role, 0) + p.numel()
+    return count
+
+
+def report(cfg, model, roles, memory: str, device: torch.device, data=None) -> str:
+    """The text of --estimate. The model may live on the meta device: nothing is allocated.
+
+    memory: what memory_estimate says; data: an object of BATCHES, whose steps may be smaller than
+    they could be.
+    """
+    count = count_roles(roles)
+    by_role = ", ".join(f"{role} {count[role]:,}" for role in sorted(count))
+    step = data.per_step if data else cfg.tokens_per_step
+    tokens = step * cfg.num_iterations
+    flops = flops_per_token(roles, model.blocks, cfg.sequence_length)
+    product = (f"{cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
+               f"{cfg.grad_accumulation_steps}")
+
+    lines = [
+        ("model", f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} channels, vocabulary "
+                  f"{cfg.vocab_size:,}; mixer {cfg.mixer}, mlp {cfg.mlp}, optim {cfg.optim}"),
+        ("parameters", f"{sum(count.values()):,} ({by_role})"),
+        ("tokens a step", product if step == cfg.tokens_per_step else f"{step:,} of {product}"),
+        ("tokens", f"{tokens:,} in {cfg.num_iterations:,} steps"),
+    ]
+    if data:
+        epochs = tokens / data.targets(len(data))
+        lines.append(("data", f"{data}: {epochs:.2f} epochs"))
+    lines.append(("FLOPs a token", f"{flops:,} (training: forward and backward)"))
+    lines.append(("memory", memory))
+    lines += [("time", text) for text in time_estimates(flops * tokens, device)]
+    return "\n".join(f"{key:14} {text}" for key, text in lines)
