@@ -1,4 +1,5 @@
 """What a run costs, without running it: parameters, FLOPs, memory and time, as --estimate says."""
+import math
 import time
 import weakref
 
@@ -8,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import default_chunk
-from machine import PEAK_FLOPS, RTX_4090, device_peak_flops, duration, is_available
+from machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
+                     is_available)
 
 
 def flops_per_token(roles, blocks, T: int) -> int:
@@ -67,12 +69,26 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+# Longer sequences are counted from three shorter ones: a loop over chunks takes many seconds.
+LONG = 2**14
+SHORTER = 2**11
+
+
 def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype):
     """-> bytes that a forward pass leaves behind for backward, bytes in use at its peak.
 
-    make_model() -> GPT; shape: rows and tokens a row of a micro-batch. Uncompiled, on fake tensors:
-    torch.compile leaves less behind, since it fuses and recomputes.
+    make_model() -> GPT; shape: rows and tokens a row of a micro-batch. Uncompiled, on fake tensors.
+    What is left behind grows like T, and masks like T^2: three lengths tell the parabola. What the
+    loss adds to it grows by steps, behind the first few like T at most.
     """
+    rows, T = shape
+    if T > LONG:
+        counts = [count_activations(make_model, (rows, n * SHORTER), precision) for n in (1, 2, 3)]
+        (a, _), (b, peak_b), (c, peak_c) = counts
+        u = T / SHORTER
+        kept = (u - 2) * (u - 3) / 2 * a + (u - 1) * (3 - u) * b + (u - 1) * (u - 2) / 2 * c
+        passing = (u - 2) * (peak_c - c) - (u - 3) * (peak_b - b)
+        return round(kept), round(kept + passing)
     with FakeTensorMode():
         model = make_model()
         idx = torch.zeros(shape, dtype=torch.long)
@@ -85,43 +101,58 @@ def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype
     return kept, live.most
 
 
-def memory_estimate(cfg, make_model, shape: tuple[int, int], roles, state_per_weight,
-                    precision: torch.dtype, compiled: bool) -> str:
+# What torch.compile leaves of the activations that eager mode keeps, since it fuses and recomputes:
+# 0.7 to 0.95 of them, by model (records/2026-11-28_memory/memory.txt).
+FUSED = 0.8
+
+
+def memory_estimate(cfg, make_model, shapes, roles, builder, precision: torch.dtype,
+                    compiled: bool) -> str:
     """About how much training takes, MiB.
 
-    shape: rows and tokens a row of a micro-batch; roles {parameter: role}; state_per_weight: fp32
-    numbers that the optimizer keeps a weight of a matrix, of another.
+    shapes: rows and tokens a row of micro-batches; roles {parameter: role}; builder: a row of
+    OPTIMS, which says what its optimizer keeps.
     """
+    shape = max(shapes, key=math.prod)
     kept, peak = count_activations(make_model, shape, precision)
     parts = {"activations": kept, "logits": peak - kept}
     if compiled:
-        # Logits of a chunk and their gradient, in the dtype of the GEMM (kernels.py).
-        chunk = min(shape[0] * shape[1], default_chunk(cfg.vocab_rows))
-        parts = {"activations before fusion": kept,
-                 "logits": 2 * chunk * cfg.vocab_rows * precision.itemsize}
+        # The loss keeps its gradients (kernels.py): of the head in fp32, of what is below it.
+        M = math.prod(shape)
+        head = cfg.vocab_rows * cfg.n_embd
+        gradients = 4 * head + precision.itemsize * M * cfg.n_embd
+        # And holds for a while, in the dtype of the GEMM: logits of a chunk and their gradient,
+        # the head and what a chunk adds to its gradient.
+        chunk = min(M, default_chunk(cfg.vocab_rows))
+        passing = 2 * precision.itemsize * (chunk * cfg.vocab_rows + head)
+        parts = {"activations": FUSED * (kept - gradients), "logits": gradients + passing}
     count = count_roles(roles)
     params = sum(count.values())
     matrices = count.get("matrix", 0) + count.get("proj", 0)
-    per_matrix, per_other = state_per_weight
+    per_matrix, per_other = builder.state_per_weight
     optimizer = per_matrix * matrices + per_other * (params - matrices)
     parts = {"weights and gradients": 8 * params, "optimizer": 4 * optimizer} | parts
     text = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
     return f"about {sum(parts.values()) / 2**20:,.0f} MiB ({text})"
 
 
-def time_estimates(flops: float, device: torch.device) -> list[str]:
-    """How long so many FLOPs take, here and on an RTX 4090; nothing for less than a second."""
+def time_estimates(tokens: int, flops: int, device: torch.device, told: float) -> list[str]:
+    """How long so many tokens of so many FLOPs take, here and on an RTX 4090: guesses.
+
+    told: --peak_flops, TFLOP/s. Nothing for less than a second.
+    """
     rates = {}
     # A CUDA device may be only told of: see pick_device.
-    peak = device_peak_flops(device) if is_available(device.type) else None
+    peak = device_peak_flops(device, told) if told or is_available(device.type) else None
     if peak:
-        rates["this GPU at 50% MFU"] = 0.5 * peak
+        rates[f"{peak / 1e12:g} TFLOP/s at 50% MFU"] = 0.5 * peak
     elif device.type == "cpu":
         rates["this CPU at 30% of its fp32 peak"] = 0.3 * matmul_flops()
     # The public baseline has 62%.
     rates["an RTX 4090 at 60% MFU"] = 0.6 * PEAK_FLOPS[RTX_4090]
-    return [f"about {duration(flops / rate)} on {where}" for where, rate in rates.items()
-            if flops > rate]
+    return [f"about {duration(tokens * flops / rate)} on {where}, a guess: "
+            f"{rate / flops:,.0f} tokens/s"
+            for where, rate in rates.items() if tokens * flops > rate]
 
 
 def count_roles(roles) -> dict[str, int]:
@@ -132,12 +163,14 @@ def count_roles(roles) -> dict[str, int]:
     return count
 
 
-def report(cfg, model, roles, memory: str, device: torch.device, data=None) -> str:
+def report(cfg, model, roles, memory: str, device: torch.device, data, vocab: int) -> str:
     """The text of --estimate. The model may live on the meta device: nothing is allocated.
 
     memory: what memory_estimate says; data: an object of BATCHES, whose steps may be smaller than
-    they could be.
+    they could be; vocab: of its shards, which are left out where the model's is another.
     """
+    if vocab != cfg.vocab_size:
+        data = None
     count = count_roles(roles)
     by_role = ", ".join(f"{role} {count[role]:,}" for role in sorted(count))
     step = data.per_step if data else cfg.tokens_per_step
@@ -153,10 +186,12 @@ def report(cfg, model, roles, memory: str, device: torch.device, data=None) -> s
         ("tokens a step", product if step == cfg.tokens_per_step else f"{step:,} of {product}"),
         ("tokens", f"{tokens:,} in {cfg.num_iterations:,} steps"),
     ]
+    if is_available(device.type):
+        lines.insert(0, ("device", device_name(device)))
     if data:
         epochs = tokens / data.targets(len(data))
         lines.append(("data", f"{data}: {epochs:.2f} epochs"))
     lines.append(("FLOPs a token", f"{flops:,} (training: forward and backward)"))
     lines.append(("memory", memory))
-    lines += [("time", text) for text in time_estimates(flops * tokens, device)]
+    lines += [("time", text) for text in time_estimates(tokens, flops, device, cfg.peak_flops)]
     return "\n".join(f"{key:14} {text}" for key, text in lines)

@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import sys
 from dataclasses import fields
 
@@ -20,7 +21,7 @@ SHARE = (0.0, 1.0)
 BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
 RANGES = {
     "n_layer": (1, 1024), "n_embd": (1, 2**16), "vocab_size": (0, 2**24), "mlp_ratio": (0.25, 1024),
-    "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
+    "peak_flops": (0.0, 1e6), "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
     "grad_accumulation_steps": (1, 2**20), "num_iterations": (1, 2**31 - 1),
     "val_tokens": (1, 2**40), "train_loss_every": (1, 2**31 - 1), "seed": (0, 2**63 - 1),
     "warmup_iters": (-1, 2**31 - 1), "warmdown_iters": (-1, 2**31 - 1),
@@ -108,6 +109,18 @@ class Parser(argparse.ArgumentParser):
         return vars(known)
 
 
+class Help(argparse.HelpFormatter):
+    """A switch is one word, --[no-]NAME; on a narrow terminal the text stands below the flag."""
+    def __init__(self, prog: str):
+        narrow = shutil.get_terminal_size().columns < 60
+        super().__init__(prog, max_help_position=6 if narrow else 24)
+
+    def _format_action_invocation(self, action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]")
+        return super()._format_action_invocation(action)
+
+
 def help_text(f, comment: str, axes, knobs) -> str:
     """A field's comment, the rows of an axis, the rows that read a knob, and the default."""
     notes = []
@@ -128,7 +141,8 @@ def make_parser(config, axes, knobs, synonyms) -> Parser:
     axes {field: its rows}; knobs {field: {axis: the rows that read it}}; synonyms {field: flags}.
     """
     parser = Parser(
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=Help,
+        usage="%(prog)s [--flag value ...]",
         description=f"Train a GPT-2-class model with the mixer you choose. Flags are the fields of "
                     f"{config.__name__}.")
     known = {f.name: f for f in fields(config)}

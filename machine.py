@@ -144,13 +144,17 @@ def graph_breaks() -> list[str]:
 
 
 def device_name(device: torch.device) -> str:
+    """"NVIDIA GeForce RTX 4090, 24 GiB", "cpu (x86_64)"."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)}, {memory / 2**30:.0f} GiB"
     return f"{device.type} ({platform.machine()})"
 
 
-def device_peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a torch device, or None where it is not known."""
+def device_peak_flops(device: torch.device, told: float = 0.0) -> float | None:
+    """Peak FLOP/s of a torch device, or None where it is not known. told: --peak_flops, TFLOP/s."""
+    if told:
+        return 1e12 * told
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 

@@ -80,8 +80,8 @@ MODELS = {                                           # layers, heads, channels
 class Config:
     # Data
     data: str = "data/tinyshakespeare"               # folder: *train.bin, *val.bin, numbered or not
-    input_bin: str = ""                              # instead: training shards, a path or a glob
-    input_val_bin: str = ""                          # and validation shards, a path or a glob
+    input_bin: str = ""                              # instead: training shards; path, glob or folder
+    input_val_bin: str = ""                          # and validation shards; path, glob or folder
     output_dir: str = "logs"                         # one folder a run appears below it
     run_name: str = ""                               # that folder's name; empty: date, mixer, seed
     sequence_length: int = 256                       # T, tokens a sequence
@@ -174,6 +174,7 @@ class Config:
     device: str = "auto"                             # where it runs; auto: the first there is
     dtype: str = "auto"                              # of products; auto: bf16 where CUDA has it
     compile: bool | None = None                      # torch.compile; not said: on CUDA only
+    peak_flops: float = 0.0                          # TFLOP/s of bf16, for MFU; 0: if it is known
     val_tokens: int = 1_048_576                      # first tokens of the validation shards
     val_batch_size: int = 16                         # sequences
     val_loss_every: int = 125                        # steps; 0: at the end only
@@ -796,10 +797,12 @@ def set_schedule(optimizers, step: int, cfg: Config):
 
 
 def ramp_notes(cfg: Config) -> list[str]:
-    """A line for each ramp that the run is too short for."""
+    """A line for each ramp that the run is too short for, and for a window that hides nothing."""
     lines = []
     if cfg.lr_start and not cfg.warmup_steps:
         lines.append("note: --lr_start has no effect: so short a run has no warm-up")
+    if cfg.window >= cfg.sequence_length:
+        lines.append(f"note: --window {cfg.window} has no effect: no sequence is longer")
     for name in ("muon_momentum_warmup", "ademamix_warmup"):
         steps = getattr(cfg, name)
         if name in cfg.fields_read() and steps > cfg.num_iterations:
@@ -1055,10 +1058,9 @@ AXES = {
 
 
 # {field: the words it may have}
-CHOICES = AXES | {
-    "model": MODELS, "device": DEVICES, "dtype": ("auto", *PRECISIONS),
-    "afno_backend": ("auto", *BACKENDS), "fan_trig": TRIG, "fftnet_filter": FILTERS,
-}
+CHOICES = AXES | {"model": MODELS, "device": DEVICES, "dtype": ("auto", *PRECISIONS),
+                  "afno_backend": ("auto", *BACKENDS), "fan_trig": TRIG,
+                  "fftnet_filter": FILTERS}
 
 
 def readers() -> dict[str, dict[str, list[str]]]:
@@ -1298,11 +1300,9 @@ def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) 
     """The text of --estimate; `vocab` is that of the shards. Nothing is computed or allocated."""
     model = new_model(cfg, torch.device("meta"))
     table = roles(model)
-    memory = memory_estimate(cfg, partial(GPT, cfg), max(batches.shapes(), key=math.prod), table,
-                             OPTIMS[cfg.optim][0].state_per_weight, precision,
-                             compiles(cfg, device))
-    data = batches if vocab == cfg.vocab_size else None
-    return report(cfg, model, table, memory, device, data)
+    memory = memory_estimate(cfg, partial(GPT, cfg), batches.shapes(), table,
+                             OPTIMS[cfg.optim][0], precision, compiles(cfg, device))
+    return "\n".join([report(cfg, model, table, memory, device, batches, vocab), *ramp_notes(cfg)])
 
 
 def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say):
@@ -1451,7 +1451,7 @@ def train(cfg: Config, signals) -> float | None:
     optimizers = build_optimizers(cfg, model)
     n_params = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(table, model.blocks, cfg.sequence_length)
-    peak_flops = device_peak_flops(device)
+    peak_flops = device_peak_flops(device, cfg.peak_flops)
     log = None
     if rank == 0:
         if path:
