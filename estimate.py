@@ -35,6 +35,9 @@ def matmul_flops(n: int = 1024, tries: int = 5) -> float:
     return best
 
 
+CAST = torch.ops.aten._to_copy.default
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of what operations return and something still holds: now, and at most.
 
@@ -45,28 +48,32 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.most = 0
+        self.wide = 0                                # of it, results of pointwise operations in fp32
         owned = [*module.parameters(), *module.buffers()]
         self.known = {tensor.untyped_storage()._cdata for tensor in owned}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        pointwise = torch.Tag.pointwise in function.tags or function is CAST
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                self.hold(tensor.untyped_storage())
+                self.hold(tensor.untyped_storage(), pointwise and tensor.dtype == torch.float32)
         return result
 
-    def hold(self, storage):
+    def hold(self, storage, wide: bool):
         key = storage._cdata
         if key in self.known:
             return
         self.known.add(key)
         self.now += storage.nbytes()
+        self.wide += wide * storage.nbytes()
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.forget, key, storage.nbytes())
+        weakref.finalize(storage, self.forget, key, storage.nbytes(), wide)
 
-    def forget(self, key, size):
+    def forget(self, key, size, wide: bool):
         self.known.discard(key)
         self.now -= size
+        self.wide -= wide * size
 
 
 # Longer sequences are counted from three shorter ones: a loop over chunks takes many seconds.
@@ -75,7 +82,8 @@ SHORTER = 2**11
 
 
 def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype):
-    """-> bytes that a forward pass leaves behind for backward, bytes in use at its peak.
+    """-> bytes that a forward pass leaves behind for backward, bytes in use at its peak; of the
+    first, what pointwise operations wrote in fp32.
 
     make_model() -> GPT; shape: rows and tokens a row of a micro-batch. Uncompiled, on fake tensors.
     What is left behind grows like T, and masks like T^2: three lengths tell the parabola. What the
@@ -84,11 +92,15 @@ def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype
     rows, T = shape
     if T > LONG:
         counts = [count_activations(make_model, (rows, n * SHORTER), precision) for n in (1, 2, 3)]
-        (a, _), (b, peak_b), (c, peak_c) = counts
+        (a, _, wide_a), (b, peak_b, wide_b), (c, peak_c, wide_c) = counts
         u = T / SHORTER
-        kept = (u - 2) * (u - 3) / 2 * a + (u - 1) * (3 - u) * b + (u - 1) * (u - 2) / 2 * c
+
+        def parabola(a, b, c):
+            return (u - 2) * (u - 3) / 2 * a + (u - 1) * (3 - u) * b + (u - 1) * (u - 2) / 2 * c
+
+        kept = parabola(a, b, c)
         passing = (u - 2) * (peak_c - c) - (u - 3) * (peak_b - b)
-        return round(kept), round(kept + passing)
+        return round(kept), round(kept + passing), round(parabola(wide_a, wide_b, wide_c))
     with FakeTensorMode():
         model = make_model()
         idx = torch.zeros(shape, dtype=torch.long)
@@ -97,13 +109,9 @@ def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype
         with half, live:
             loss = model(idx, idx)
         kept = live.now
+        wide = live.wide
         del loss
-    return kept, live.most
-
-
-# What torch.compile leaves of the activations that eager mode keeps, since it fuses and recomputes:
-# 0.7 to 0.95 of them, by model (records/2026-11-28_memory/memory.txt).
-FUSED = 0.8
+    return kept, live.most, wide
 
 
 def memory_estimate(cfg, make_model, shapes, roles, builder, precision: torch.dtype,
@@ -114,18 +122,23 @@ def memory_estimate(cfg, make_model, shapes, roles, builder, precision: torch.dt
     OPTIMS, which says what its optimizer keeps.
     """
     shape = max(shapes, key=math.prod)
-    kept, peak = count_activations(make_model, shape, precision)
+    kept, peak, wide = count_activations(make_model, shape, precision)
     parts = {"activations": kept, "logits": peak - kept}
     if compiled:
         # The loss keeps its gradients (kernels.py): of the head in fp32, of what is below it.
         M = math.prod(shape)
         head = cfg.vocab_rows * cfg.n_embd
-        gradients = 4 * head + precision.itemsize * M * cfg.n_embd
+        below = precision.itemsize * M * cfg.n_embd
         # And holds for a while, in the dtype of the GEMM: logits of a chunk and their gradient,
         # the head and what a chunk adds to its gradient.
         chunk = min(M, default_chunk(cfg.vocab_rows))
         passing = 2 * precision.itemsize * (chunk * cfg.vocab_rows + head)
-        parts = {"activations": FUSED * (kept - gradients), "logits": gradients + passing}
+        if precision != torch.float32:
+            # Under autocast fusion recomputes what pointwise operations wrote in fp32, all but the
+            # residual stream between branches (records/2026-11-28_memory/memory.txt).
+            stream = 4 * M * cfg.n_embd * (2 * cfg.n_layer + 1)
+            kept += min(stream, wide) - wide
+        parts = {"activations": kept - below, "logits": 4 * head + below + passing}
     count = count_roles(roles)
     params = sum(count.values())
     matrices = count.get("matrix", 0) + count.get("proj", 0)
