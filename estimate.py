@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.most = 0
-        self.wide = 0                                # of it, results of pointwise operations in fp32
+        self.wide = 0                                # of it, pointwise results in fp32
         owned = [*module.parameters(), *module.buffers()]
         self.known = {tensor.untyped_storage()._cdata for tensor in owned}
 

@@ -21,7 +21,8 @@ SHARE = (0.0, 1.0)
 BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
 RANGES = {
     "n_layer": (1, 1024), "n_embd": (1, 2**16), "vocab_size": (0, 2**24), "mlp_ratio": (0.25, 1024),
-    "peak_flops": (0.0, 1e6), "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
+    "peak_flops": (0.0, 1e6),
+    "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
     "grad_accumulation_steps": (1, 2**20), "num_iterations": (1, 2**31 - 1),
     "val_tokens": (1, 2**40), "train_loss_every": (1, 2**31 - 1), "seed": (0, 2**63 - 1),
     "warmup_iters": (-1, 2**31 - 1), "warmdown_iters": (-1, 2**31 - 1),

@@ -174,5 +174,5 @@ def test_a_long_sequence_is_counted_from_shorter_ones(knobs, monkeypatch):
     direct = count_activations(partial(GPT, cfg), (2, 1024), torch.float32)
     monkeypatch.setattr(estimate, "LONG", 1000)
     monkeypatch.setattr(estimate, "SHORTER", 128)
-    assert count_activations(partial(GPT, cfg), (2, 1024), torch.float32) == pytest.approx(
-        direct, rel=0.02)
+    told = count_activations(partial(GPT, cfg), (2, 1024), torch.float32)
+    assert told == pytest.approx(direct, rel=0.05) and told[0] == pytest.approx(direct[0], rel=0.01)
