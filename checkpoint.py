@@ -23,7 +23,8 @@ BEST = "best.pt"
 # another, and what the rate then does is said.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "device", "compile",
         "val_batch_size", "val_loss_every", "train_loss_every", "save_every", "keep",
-        "target_val_loss", "log", "estimate", "resume", "resume_anyway", "skip_bad_steps"}
+        "peak_flops", "target_val_loss", "log", "estimate", "resume", "resume_anyway",
+        "skip_bad_steps"}
 
 
 # --------------------------------------------------------------------------------------------------

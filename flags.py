@@ -7,7 +7,9 @@ import argparse
 import difflib
 import inspect
 import math
+import os
 import re
+import shutil
 import sys
 from dataclasses import fields
 
@@ -19,6 +21,7 @@ SHARE = (0.0, 1.0)
 BELOW_ONE = (0.0, math.nextafter(1.0, 0.0))
 RANGES = {
     "n_layer": (1, 1024), "n_embd": (1, 2**16), "vocab_size": (0, 2**24), "mlp_ratio": (0.25, 1024),
+    "peak_flops": (0.0, 1e6),
     "sequence_length": (1, 2**24), "batch_size": (1, 2**20), "val_batch_size": (1, 2**20),
     "grad_accumulation_steps": (1, 2**20), "num_iterations": (1, 2**31 - 1),
     "val_tokens": (1, 2**40), "train_loss_every": (1, 2**31 - 1), "seed": (0, 2**63 - 1),
@@ -59,9 +62,35 @@ def choices(word: str, names) -> str:
     return f"{near(word, names)}choose from {', '.join(names)}"
 
 
+def stray(word: str, argv) -> str:
+    """What to do about a word that is neither a flag nor the value of one."""
+    before = argv[:argv.index(word)]
+    flag = next((w for w in reversed(before) if w.startswith("--")), "")
+    if not flag or "=" in flag:
+        return "belongs to no flag: a flag starts with --, and a value with blanks needs quotes"
+    values = argv[argv.index(flag) + 1:]
+    values = values[:next((i for i, w in enumerate(values) if w.startswith("--")), len(values))]
+    pattern = os.path.commonprefix(values) + "*" + os.path.commonprefix(
+        [v[::-1] for v in values])[::-1]
+    quoted = pattern if all(map(os.path.exists, values)) else " ".join(values)
+    return f"{flag} takes one value: quote it, {flag} '{quoted}'"
+
+
+def check_words(name: str, words: list[str], known=None):
+    """ValueError for a word that does not print in one line, or is none of those known."""
+    for word in words:
+        if not word.isprintable():
+            raise ValueError(f"--{name} {word!r}: a line break, or what else does not print, is in "
+                             "it: take it out")
+        if known and word not in known:
+            raise ValueError(f"--{name} {word}: no such {name}; {choices(word, known)}")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line: without the list of all flags before it."""
     def error(self, message):
+        if not message.isprintable():
+            message = repr(message)[1:-1]
         raise SystemExit(f"{self.prog}: error: {message} (--help lists the flags)")
 
     def typed(self, argv) -> dict:
@@ -71,12 +100,26 @@ class Parser(argparse.ArgumentParser):
             if word.endswith("=--"):
                 self.error(f"{word}: -- is no value")
         known, unknown = self.parse_known_args(argv)
+        if unknown and unknown[0][:1] != "-":
+            self.error(f"{unknown[0]}: {stray(unknown[0], argv)}")
         if unknown:
             # Without the dashes, which would make all flags alike.
             names = [flag.lstrip("-") for flag in self._option_string_actions]
             hint = near(unknown[0].split("=")[0].lstrip("-"), names, "--").strip()
             self.error(f"unrecognized argument {unknown[0]}" + (hint and f": {hint}"))
         return vars(known)
+
+
+class Help(argparse.HelpFormatter):
+    """A switch is one word, --[no-]NAME; on a narrow terminal the text stands below the flag."""
+    def __init__(self, prog: str):
+        narrow = shutil.get_terminal_size().columns < 60
+        super().__init__(prog, max_help_position=6 if narrow else 24)
+
+    def _format_action_invocation(self, action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0].replace("--", "--[no-]")
+        return super()._format_action_invocation(action)
 
 
 def help_text(f, comment: str, axes, knobs) -> str:
@@ -99,7 +142,8 @@ def make_parser(config, axes, knobs, synonyms) -> Parser:
     axes {field: its rows}; knobs {field: {axis: the rows that read it}}; synonyms {field: flags}.
     """
     parser = Parser(
-        allow_abbrev=False, argument_default=argparse.SUPPRESS, usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=Help,
+        usage="%(prog)s [--flag value ...]",
         description=f"Train a GPT-2-class model with the mixer you choose. Flags are the fields of "
                     f"{config.__name__}.")
     known = {f.name: f for f in fields(config)}

@@ -1,11 +1,9 @@
-"""The machine and what a run costs on it: devices, memory, --estimate, what a log says of both."""
+"""The machine: devices, precision, processes, memory, and what a log says of all."""
 import hashlib
 import os
 import platform
 import subprocess
 import sys
-import time
-import weakref
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -13,9 +11,8 @@ from pathlib import Path
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from flags import choices
 
 try:
     import resource
@@ -44,6 +41,10 @@ PEAK_FLOPS = {
 }
 
 
+# Of --device; auto is the first of the others that is there.
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
 def pick_device(name: str, local_rank: int, only_told: bool = False) -> torch.device:
     """--device -> a device. SystemExit with one line where it is not there.
 
@@ -52,9 +53,9 @@ def pick_device(name: str, local_rank: int, only_told: bool = False) -> torch.de
     if only_told and name == "cuda" and not is_available(name):
         return torch.device(name)
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if is_available(kind))
-    if name not in ("cuda", "mps", "cpu") or not is_available(name):
-        raise SystemExit(f"--device {name}: not available here (auto, cpu, cuda or mps)")
+        name = next(kind for kind in DEVICES[1:] if is_available(kind))
+    if name not in DEVICES or not is_available(name):
+        raise SystemExit(f"--device {name}: not available here; {choices(name, DEVICES)}")
     if name != "cuda":
         return torch.device(name)
     if local_rank >= torch.cuda.device_count():
@@ -130,11 +131,9 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """--dtype -> what matrices are multiplied in. SystemExit with one line where there is none."""
+    """--dtype -> what matrices are multiplied in."""
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
-    if name not in PRECISIONS:
-        raise SystemExit(f"--dtype {name}: choose from auto, {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
 
 
@@ -145,13 +144,17 @@ def graph_breaks() -> list[str]:
 
 
 def device_name(device: torch.device) -> str:
+    """"NVIDIA GeForce RTX 4090, 24 GiB", "cpu (x86_64)"."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)}, {memory / 2**30:.0f} GiB"
     return f"{device.type} ({platform.machine()})"
 
 
-def device_peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a torch device, or None where it is not known."""
+def device_peak_flops(device: torch.device, told: float = 0.0) -> float | None:
+    """Peak FLOP/s of a torch device, or None where it is not known. told: --peak_flops, TFLOP/s."""
+    if told:
+        return 1e12 * told
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -171,144 +174,6 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def flops_per_token(roles, blocks, T: int) -> int:
-    """Training FLOPs a token: 6 a weight that multiplies it, and 3 times each mixer's forward cost.
-
-    roles {parameter: role} counts a tied embedding once, as the head. Kernel generation, which is
-    once a step, is left out.
-    """
-    head = "head" if "head" in roles.values() else "embed"
-    weights = sum(p.numel() for p, role in roles.items() if role in ("matrix", "proj", head))
-    return 6 * weights + 3 * sum(block.mixer.flops(T) for block in blocks)
-
-
-def matmul_flops(n: int = 1024, tries: int = 5) -> float:
-    """FLOP/s of an fp32 product on this CPU, the best of a few: about 50 ms."""
-    a = torch.randn(n, n)
-    best = 0.0
-    for _ in range(tries):
-        start = time.perf_counter()
-        a @ a
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of what operations return and something still holds: now, and at most.
-
-    Under FakeTensorMode nothing is computed or allocated, but autograd holds what it would hold.
-    What `module` owns is not counted.
-    """
-    def __init__(self, module: torch.nn.Module):
-        super().__init__()
-        self.now = 0
-        self.most = 0
-        owned = [*module.parameters(), *module.buffers()]
-        self.known = {tensor.untyped_storage()._cdata for tensor in owned}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.hold(tensor.untyped_storage())
-        return result
-
-    def hold(self, storage):
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self.forget, key, storage.nbytes())
-
-    def forget(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-
-def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype):
-    """-> bytes that a forward pass leaves behind for backward, bytes in use at its peak.
-
-    make_model() -> GPT; shape: rows and tokens a row of a micro-batch. Uncompiled, on fake tensors:
-    torch.compile leaves less behind, since it fuses and recomputes.
-    """
-    with FakeTensorMode():
-        model = make_model()
-        idx = torch.zeros(shape, dtype=torch.long)
-        live = LiveBytes(model)
-        half = torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16)
-        with half, live:
-            loss = model(idx, idx)
-        kept = live.now
-        del loss
-    return kept, live.most
-
-
-def memory_estimate(count, state_per_weight, parts) -> str:
-    """About how much training takes, MiB. count: {role: weights}; parts: {what else: bytes}."""
-    params = sum(count.values())
-    matrices = count.get("matrix", 0) + count.get("proj", 0)
-    per_matrix, per_other = state_per_weight
-    optimizer = per_matrix * matrices + per_other * (params - matrices)
-    parts = {"weights and gradients": 8 * params, "optimizer": 4 * optimizer} | parts
-    text = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
-    return f"about {sum(parts.values()) / 2**20:,.0f} MiB ({text})"
-
-
-def time_estimates(flops: float, device: torch.device) -> list[str]:
-    """How long so many FLOPs take, here and on an RTX 4090; nothing for less than a second."""
-    rates = {}
-    # A CUDA device may be only told of: see pick_device.
-    peak = device_peak_flops(device) if is_available(device.type) else None
-    if peak:
-        rates["this GPU at 50% MFU"] = 0.5 * peak
-    elif device.type == "cpu":
-        rates["this CPU at 30% of its fp32 peak"] = 0.3 * matmul_flops()
-    # The public baseline has 62%.
-    rates["an RTX 4090 at 60% MFU"] = 0.6 * PEAK_FLOPS[RTX_4090]
-    return [f"about {duration(flops / rate)} on {where}" for where, rate in rates.items()
-            if flops > rate]
-
-
-def count_roles(roles) -> dict[str, int]:
-    """{parameter: role} -> {role: weights}"""
-    count = {}
-    for p, role in roles.items():
-        count[role] = count.get(role, 0) + p.numel()
-    return count
-
-
-def report(cfg, model, roles, memory: str, device: torch.device, data=None) -> str:
-    """The text of --estimate. The model may live on the meta device: nothing is allocated.
-
-    memory: what memory_estimate says; data: an object of BATCHES, whose steps may be smaller than
-    they could be.
-    """
-    count = count_roles(roles)
-    by_role = ", ".join(f"{role} {count[role]:,}" for role in sorted(count))
-    step = data.per_step if data else cfg.tokens_per_step
-    tokens = step * cfg.num_iterations
-    flops = flops_per_token(roles, model.blocks, cfg.sequence_length)
-    product = (f"{cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
-               f"{cfg.grad_accumulation_steps}")
-
-    lines = [
-        ("model", f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} channels, vocabulary "
-                  f"{cfg.vocab_size:,}; mixer {cfg.mixer}, mlp {cfg.mlp}, optim {cfg.optim}"),
-        ("parameters", f"{sum(count.values()):,} ({by_role})"),
-        ("tokens a step", product if step == cfg.tokens_per_step else f"{step:,} of {product}"),
-        ("tokens", f"{tokens:,} in {cfg.num_iterations:,} steps"),
-    ]
-    if data:
-        epochs = tokens / data.targets(len(data))
-        lines.append(("data", f"{data}: {epochs:.2f} epochs"))
-    lines.append(("FLOPs a token", f"{flops:,} (training: forward and backward)"))
-    lines.append(("memory", memory))
-    lines += [("time", text) for text in time_estimates(flops * tokens, device)]
-    return "\n".join(f"{key:14} {text}" for key, text in lines)
 
 
 def checksum(path) -> str:

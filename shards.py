@@ -39,7 +39,7 @@ def open_shard(path: str):
         refuse(f"cannot be opened ({e.strerror}): with many shards, raise `ulimit -n`")
 
     if os.path.isdir(path):
-        refuse("is a folder, not a shard: name a folder of shards by --data")
+        refuse("is a folder, not a shard: name its shards, or the folder without a pattern")
     if not os.path.isfile(path):
         refuse("no such file")
     if not os.access(path, os.R_OK):
@@ -81,11 +81,15 @@ def open_shard(path: str):
     return tokens, vocab
 
 
-def open_shards(pattern: str):
-    """Glob -> ({path: tokens}, vocabulary size); all shards must have the same vocabulary.
+def open_shards(pattern: str, kind: str = "train"):
+    """Glob, or a folder with shards of a kind (train, val) -> ({path: tokens}, vocabulary size).
 
-    A relative pattern is tried from the working directory, then from the repository.
+    All shards must have the same vocabulary. A relative pattern is tried from the working
+    directory, then from the repository.
     """
+    if os.path.isdir(pattern) or os.path.isdir(ROOT / pattern):
+        flag = {"train": "--input_bin", "val": "--input_val_bin"}[kind]
+        return open_all(shards_in(pattern, (kind,), flag)[0], pattern)
     paths = sorted(glob.glob(pattern)) or sorted(glob.glob(str(ROOT / pattern)))
     if not paths:
         raise SystemExit(f"no shard matches {pattern!r}: fetch FineWeb with data/fineweb.py, or "
@@ -109,8 +113,8 @@ def open_all(paths, name: str):
 SHARD_NAME = re.compile(r"(?:.*[^A-Za-z])?(train|val)(?:[_-]?\d+)?\.bin")
 
 
-def shards_in(name: str):
-    """--data -> paths of the training shards, of the validation shards. SystemExit with one line.
+def shards_in(name: str, kinds=("train", "val"), flag: str = "--data"):
+    """A folder -> paths of its shards of each kind. SystemExit with one line that names the flag.
 
     A relative folder is tried from the working directory, then from the repository.
     """
@@ -121,16 +125,16 @@ def shards_in(name: str):
             if match := SHARD_NAME.fullmatch(path.name):
                 paths[match[1]].append(str(path))
     except OSError as e:
-        raise SystemExit(f"--data {name}: cannot be read ({e.strerror})") from None
+        raise SystemExit(f"{flag} {name}: cannot be read ({e.strerror})") from None
     if folder is None:
-        raise SystemExit(f"--data {name}: no such folder (single files: --input_bin and "
+        raise SystemExit(f"{flag} {name}: no such folder (single files: --input_bin and "
                          "--input_val_bin)")
-    for kind, found in paths.items():
-        if not found:
-            raise SystemExit(f"--data {name}: no shard there is called *{kind}.bin or "
+    for kind in kinds:
+        if not paths[kind]:
+            raise SystemExit(f"{flag} {name}: no shard there is called *{kind}.bin or "
                              f"*{kind}_000001.bin: make both kinds with data/text.py, or name "
                              "files by --input_bin and --input_val_bin")
-    return paths["train"], paths["val"]
+    return [paths[kind] for kind in kinds]
 
 
 def open_data(cfg):
@@ -140,7 +144,7 @@ def open_data(cfg):
     """
     if cfg.input_bin:
         shards, vocab = open_shards(cfg.input_bin)
-        val_shards, val_vocab = open_shards(cfg.input_val_bin)
+        val_shards, val_vocab = open_shards(cfg.input_val_bin, "val")
     else:
         train, val = shards_in(cfg.data)
         shards, vocab = open_all(train, f"--data {cfg.data}")

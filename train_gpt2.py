@@ -41,15 +41,15 @@ from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
 from documents import Padded, document_token, fill
-from fan import FAN, FANMLP
-from fftnet import FFTNet
-from flags import LARGEST_STEP, check_number, choices, make_parser
-from kernels import default_chunk, linear_cross_entropy, softcap
-from machine import (checksum, count_activations, count_roles, device_name, device_peak_flops,
-                     environment, first_line, flops_per_token, graph_breaks, has_bf16,
-                     is_out_of_memory, join_processes, memory_estimate, peak_memory,
-                     pick_device, pick_precision, process_numbers, report)
+from estimate import flops_per_token, memory_estimate, report
+from fan import FAN, FANMLP, TRIG
+from fftnet import FFTNet, FILTERS
+from flags import LARGEST_STEP, check_number, check_words, make_parser
+from kernels import BACKENDS, linear_cross_entropy, softcap
 from log import TRACKERS, Log
+from machine import (DEVICES, PRECISIONS, checksum, device_name, device_peak_flops, environment,
+                     first_line, graph_breaks, has_bf16, is_out_of_memory, join_processes,
+                     peak_memory, pick_device, pick_precision, process_numbers)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
@@ -78,20 +78,20 @@ MODELS = {                                           # layers, heads, channels
 class Config:
     # Data
     data: str = "data/tinyshakespeare"               # folder: *train.bin, *val.bin, numbered or not
-    input_bin: str = ""                              # instead: training shards, a path or a glob
-    input_val_bin: str = ""                          # and validation shards, a path or a glob
+    input_bin: str = ""                              # instead: training shards by path, glob, folder
+    input_val_bin: str = ""                          # and validation shards, likewise
     output_dir: str = "logs"                         # one folder a run appears below it
     run_name: str = ""                               # that folder's name; empty: date, mixer, seed
-    sequence_length: int = 256                       # T, tokens
+    sequence_length: int = 256                       # T, tokens a sequence
     shuffle: bool = True                             # windows in random order; FineWeb is shuffled
     batches: str = "windows"                         # what becomes of documents
     document_token: int = -1                         # starts a document; -1: the vocabulary's own
     # Model
     model: str = "tiny"                              # sizes by name; the next three override
-    n_layer: int = 0                                 # L; 0: the model's
-    n_head: int = 0                                  # H; 0: the model's
+    n_layer: int = 0                                 # L, layers; 0: the model's
+    n_head: int = 0                                  # H, heads; 0: the model's
     n_embd: int = 0                                  # C, channels; 0: the model's
-    vocab_size: int = 0                              # V; 0: read from the shards
+    vocab_size: int = 0                              # V, vocabulary; 0: read from the shards
     mixer: str = "afno"                              # a list, a,b,c, tiles down the layers
     mlp: str = "relu2"                               # the other branch of a block
     mlp_ratio: float = 4.0                           # hidden width / C
@@ -130,14 +130,14 @@ class Config:
     afno_hard_thresholding_fraction: float = 1.0     # share of the frequencies kept, from below
     afno_poles: int = 16                             # frequency features a block
     afno_group_size: int = 0                         # channels that share a kernel; 0: 16 or fewer
-    afno_backend: str = "auto"                       # fft | toeplitz | auto
+    afno_backend: str = "auto"                       # how kernel and sequence are convolved
     # FAN
     fan_ratio: float = 0.125                         # share of a layer's outputs for cos, for sin
-    fan_trig: str = "both"                           # both | sin
+    fan_trig: str = "both"                           # the periodic functions; both: cos and sin
     # Gated DeltaNet
     gdn_chunk: int = 32                              # tokens that are one matrix product
     # FFTNet
-    fftnet_filter: str = "running"                   # running | bank
+    fftnet_filter: str = "running"                   # what a token's filter acts on
     fftnet_hidden: int = 0                           # width of the MLP of the mean; 0: C / 8
     # Optimization. A step is batch_size * grad_accumulation_steps sequences, however many processes
     # share them.
@@ -156,23 +156,24 @@ class Config:
     kernel_lr_scale: float = 3.0                     # ... for parameters that generate kernels
     lambda_lr_scale: float = 10.0                    # ... for lambdas of residuals and skips
     weight_decay: float = 0.01                       # decoupled, never on vectors and kernels
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
+    adam_beta1: float = 0.9                          # decay of the mean gradient
+    adam_beta2: float = 0.95                         # decay of the mean squared gradient
     grad_clip: float = 0.0                           # global norm; 0 is off
-    muon_learning_rate: float = 0.02
-    muon_momentum: float = 0.95
+    muon_learning_rate: float = 0.02                 # of the matrices inside blocks
+    muon_momentum: float = 0.95                      # behind its warm-up
     muon_momentum_warmup: int = 300                  # steps from 0.85; -0.013 was seen over 500
     ademamix_alpha: float = 5.0                      # weight of the slow momentum
-    ademamix_beta3: float = 0.999                    # its decay
+    ademamix_beta3: float = 0.999                    # decay of the slow momentum
     ademamix_warmup: int = 0                         # steps until both are reached; 0: all steps
-    soap_beta: float = 0.95                          # of both moments
+    soap_beta: float = 0.95                          # decay of SOAP's moments
     soap_frequency: int = 10                         # steps between refreshes of the eigenbasis
     # The run
     minutes: float = 0.0                             # end then, the schedule in time; 0: by steps
-    seed: int = 0
-    device: str = "auto"                             # cuda | cpu | mps
-    dtype: str = "auto"                              # bf16 | fp32; not said: bf16 where CUDA has it
+    seed: int = 0                                    # of weights, order and dropout
+    device: str = "auto"                             # where it runs; auto: the first there is
+    dtype: str = "auto"                              # of products; auto: bf16 where CUDA has it
     compile: bool | None = None                      # torch.compile; not said: on CUDA only
+    peak_flops: float = 0.0                          # TFLOP/s of bf16, for MFU; 0: if it is known
     val_tokens: int = 1_048_576                      # first tokens of the validation shards
     val_batch_size: int = 16                         # sequences
     val_loss_every: int = 125                        # steps; 0: at the end only
@@ -187,18 +188,19 @@ class Config:
     estimate: bool = False                           # print parameters, FLOPs, memory, time; exit
 
     def __post_init__(self):
-        if self.model not in MODELS:
-            raise ValueError(f"--model {self.model}: no such size; {choices(self.model, MODELS)}")
+        self.check_names()
         for name, size in zip(("n_layer", "n_head", "n_embd"), MODELS[self.model]):
             # The one place that writes a field of the frozen Config.
             object.__setattr__(self, name, getattr(self, name) or size)
-        self.check_names()
         used = self.check_rows()
         self.check_contradictions(used)
         self.check_ranges(used)
 
     def check_names(self):
-        """Refuse half a pair of shards, two sources of them, and a run_name that is no name."""
+        """Refuse unknown words, half a pair of shards or two, and a run_name that is no name."""
+        for f in fields(self):
+            if f.type is str:
+                check_words(f.name, self.rows(f.name), CHOICES.get(f.name))
         if bool(self.input_bin) != bool(self.input_val_bin):
             one, other = "input_bin", "input_val_bin"
             if self.input_val_bin:
@@ -213,14 +215,13 @@ class Config:
         if name and (Path(name).name != name or name == ".." or "\0" in name):
             raise ValueError(f"--run_name {name!r}: must be the name of a folder, not a path: "
                              "--output_dir says where it appears")
-        for name in filter(None, self.log.split(",")):
-            if name not in TRACKERS:
-                raise ValueError(f"--log {name}: no such tracker; {choices(name, TRACKERS)}")
 
     def rows(self, axis: str) -> list[str]:
-        """The rows named on an axis: several on the mixers', which tile, one elsewhere."""
+        """The words of a field: several of mixers, which tile, and of trackers, else one."""
         value = getattr(self, axis)
-        return value.split(",") if axis == "mixer" else [value]
+        if axis == "log" and not value:
+            return []
+        return value.split(",") if axis in ("mixer", "log") else [value]
 
     def fields_read(self) -> set[str]:
         """The knobs that the rows in use read."""
@@ -228,11 +229,9 @@ class Config:
         return {name for row in knobs for name in row.values()}
 
     def check_rows(self) -> set[str]:
-        """Refuse unknown rows and settings that nothing in use reads -> the settings in use."""
+        """Refuse settings that nothing in use reads -> the settings in use."""
         for axis, table in AXES.items():
             for row in self.rows(axis):
-                if row not in table:
-                    raise ValueError(f"--{axis} {row}: no such row; {choices(row, table)}")
                 for name, (values, why) in getattr(table[row][0], "needs", {}).items():
                     value = getattr(self, name)
                     if value not in values:
@@ -337,7 +336,7 @@ SYNONYMS = {"fan_ratio": ["--p"]}
 
 def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config. What is wrong with it is one line on stderr and exit code 1."""
-    parser = make_parser(Config, AXES | {"model": MODELS}, KNOBS, SYNONYMS)
+    parser = make_parser(Config, CHOICES, KNOBS, SYNONYMS)
     typed = parser.typed(sys.argv[1:] if argv is None else argv)
     try:
         cfg = Config(**typed)
@@ -811,10 +810,12 @@ def set_schedule(optimizers, step: float, cfg: Config) -> float:
 
 
 def ramp_notes(cfg: Config) -> list[str]:
-    """A line for each ramp that the run is too short for."""
+    """A line for each ramp that the run is too short for, and for a window that hides nothing."""
     lines = []
     if cfg.lr_start and not cfg.warmup_steps:
         lines.append("note: --lr_start has no effect: so short a run has no warm-up")
+    if cfg.window >= cfg.sequence_length:
+        lines.append(f"note: --window {cfg.window} has no effect: no sequence is longer")
     for name in ("muon_momentum_warmup", "ademamix_warmup"):
         steps = getattr(cfg, name)
         if name in cfg.fields_read() and steps > cfg.num_iterations and not cfg.minutes:
@@ -1069,6 +1070,12 @@ AXES = {
 }
 
 
+# {field: the words it may have}
+CHOICES = AXES | {"model": MODELS, "device": DEVICES, "dtype": ("auto", *PRECISIONS),
+                  "afno_backend": ("auto", *BACKENDS), "fan_trig": TRIG,
+                  "fftnet_filter": FILTERS, "log": TRACKERS}
+
+
 def readers() -> dict[str, dict[str, list[str]]]:
     """{field: {axis: the rows that read it}} of every field that only rows read."""
     found = {}
@@ -1264,18 +1271,9 @@ def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) 
     """The text of --estimate; `vocab` is that of the shards. Nothing is computed or allocated."""
     model = new_model(cfg, torch.device("meta"))
     table = roles(model)
-    rows, width = max(batches.shapes(), key=math.prod)
-    kept, peak = count_activations(partial(GPT, cfg), (rows, width), precision)
-    parts = {"activations": kept, "logits": peak - kept}
-    if compiles(cfg, device):
-        # Logits of a chunk and their gradient, in the dtype of the GEMM (kernels.py).
-        chunk = min(rows * width, default_chunk(cfg.vocab_rows))
-        parts = {"activations before fusion": kept,
-                 "logits": 2 * chunk * cfg.vocab_rows * precision.itemsize}
-    state_per_weight = OPTIMS[cfg.optim][0].state_per_weight
-    memory = memory_estimate(count_roles(table), state_per_weight, parts)
-    data = batches if vocab == cfg.vocab_size else None
-    return report(cfg, model, table, memory, device, data)
+    memory = memory_estimate(cfg, partial(GPT, cfg), batches.shapes(), table,
+                             OPTIMS[cfg.optim][0], precision, compiles(cfg, device))
+    return "\n".join([report(cfg, model, table, memory, device, batches, vocab), *ramp_notes(cfg)])
 
 
 def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say):
@@ -1425,7 +1423,7 @@ def train(cfg: Config, signals) -> float | None:
     optimizers = build_optimizers(cfg, model)
     n_params = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(table, model.blocks, cfg.sequence_length)
-    peak_flops = device_peak_flops(device)
+    peak_flops = device_peak_flops(device, cfg.peak_flops)
     log = None
     if rank == 0:
         if path:

@@ -254,7 +254,7 @@ def test_packed_rows_are_windows_and_mark_no_padding():
         ("--logit_scale 0", "--logit_scale 0.0 is out of range"),
         ("--batches padded --document_token 0 --estimate", "no document starts with token 0"),
         ("--mixer afno --window 8", "--window has no effect here"),
-        ("--batches bags", "no such row; choose from windows, packed, padded"),
+        ("--batches bags", "no such batches; choose from windows, packed, padded"),
     ],
 )
 def test_refusals(flags, why):

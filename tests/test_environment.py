@@ -94,11 +94,6 @@ def test_the_card_is_asked_for_bf16(kind, in_hardware, dtype, monkeypatch):
     machine.has_bf16.cache_clear()
 
 
-def test_an_unknown_precision_is_one_line():
-    with pytest.raises(SystemExit, match="--dtype fp16: choose from auto, bf16, fp32"):
-        machine.pick_precision("fp16", CPU)
-
-
 def test_a_run_in_bf16(shards, tmp_path):
     """On a CPU, by name: near the run in fp32, and not the same."""
     losses = [train(tmp_path, **shards, dtype=dtype)[0] for dtype in ("auto", "bf16")]

@@ -7,12 +7,17 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from machine import device_peak_flops
-from train_gpt2 import AXES, MIXERS, ROOT, Config, main, new_model, parse, ramp_notes
+from estimate import flops_per_token
+from machine import device_name, device_peak_flops
+from shards import open_data
+from train_gpt2 import (AXES, CHOICES, MIXERS, ROOT, Config, main, new_model, parse, ramp_notes,
+                        roles)
 
 # small enough for any machine, should a run start that must not
 SMALL = [
@@ -40,12 +45,10 @@ def flags(argv):
 def test_every_field_is_one_flag(capsys):
     with pytest.raises(SystemExit) as e:
         parse(["--help"])
-    shown = re.findall(
-        r"^  (?:-h, )?--(\w+)(?:, --no-(\w+))?", capsys.readouterr().out, re.MULTILINE
-    )
-    assert e.value.code == 0 and [name for name, _ in shown] == ["help", *DEFAULT]
+    shown = re.findall(r"^  (?:-h, )?--(\[no-\])?(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert e.value.code == 0 and [name for _, name in shown] == ["help", *DEFAULT]
     switches = {f.name for f in fields(Config) if f.type in (bool, bool | None)}
-    assert {name for name, negative in shown if negative == name} == switches
+    assert {name for negative, name in shown if negative} == switches
 
 
 @pytest.mark.parametrize("f", fields(Config), ids=lambda f: f.name)
@@ -69,19 +72,21 @@ def test_a_flag_sets_its_field_and_no_other(f, monkeypatch):
     assert got == DEFAULT | {f.name: value} and type(got[f.name]) is type(value)
 
 
-def test_help_has_headings_rows_and_defaults_in_80_columns(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("columns", [40, 80])
+def test_help_has_headings_rows_and_defaults(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.splitlines())) <= columns
     headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
     assert {"Data", "Model", "Switches", "AFNO", "Gated DeltaNet", "Optimization",
             "The run"} <= set(headings) and not any("There" in heading for heading in headings)
     entries = re.split(r"\n  (?=-)", text)
-    entry = {re.search(r"--(\w+)", e)[1]: " ".join(e.split()) for e in entries if "--" in e}
-    for axis, table in AXES.items():
-        assert ", ".join(table) in entry[axis]
+    entry = {re.search(r"--(?:\[no-\])?(\w+)", e)[1]: " ".join(e.split())
+             for e in entries if "--" in e}
+    for name, words in CHOICES.items():
+        assert ", ".join(words) in entry[name]
     for name, default in DEFAULT.items():
         assert default in ("", None) or f"default: {default})" in entry[name], name
     assert "for --mixer afno;" in entry["afno_poles"]
@@ -135,6 +140,9 @@ def test_odd_numbers_make_a_model_or_one_line(axis, row):
         (dict(num_iterations=20), "note: --muon_momentum_warmup 300 is longer than the run, "
                                   "which ends in the middle of that ramp"),
         (dict(num_iterations=300), None),
+        (dict(mixer="attn", window=255), None),
+        (dict(mixer="attn", window=256),
+         "note: --window 256 has no effect: no sequence is longer"),
         (dict(num_iterations=20, muon_momentum_warmup=0), None),
         (dict(num_iterations=20, optim="adamw"), None),
         (dict(num_iterations=20, optim="ademamix"), None),
@@ -157,6 +165,14 @@ def test_a_run_prints_its_notes_and_has_the_name_it_was_given(tmp_path, capsys):
     with pytest.raises(SystemExit, match="is not empty: choose another name"):
         main(parse(argv))
     assert (tmp_path / "first try/log.txt").read_text() == before
+
+
+def test_a_folder_stands_for_its_shards_of_a_kind():
+    folder = "data/tinyshakespeare"
+    named = open_data(Config(input_bin=TRAIN, input_val_bin=VAL))
+    found = open_data(Config(input_bin=folder, input_val_bin=folder))
+    for shards, same in zip(found[:2], named[:2]):
+        assert [Path(path).name for path in shards] == [Path(path).name for path in same]
 
 
 def test_no_flags_is_the_config_without_arguments():
@@ -234,6 +250,20 @@ WRONG = [  # (flags, what the line must name)
     (["--model=d11"], "did you mean d12?"),
     # argparse takes this for no value.
     (["--mixer=--"], "--mixer=--"),
+    (["--afno_backend=toplitz"], "did you mean toeplitz?"),
+    (["--mixer=fan", "--fan_trig=sinus"], "did you mean sin?"),
+    (["--mixer=fftnet", "--fftnet_filter=runing"], "did you mean running?"),
+    (["--device=cud"], "did you mean cuda?"),
+    (["--dtype=bf32"], "did you mean fp32?"),
+    # A shell makes several words of a glob or a blank that is not quoted.
+    (["--input_bin", TRAIN, VAL, f"--input_val_bin={VAL}"], "--input_bin 'data/tinyshakespeare/*"),
+    (["--run_name", "first", "try", "--seed=1"], "--run_name 'first try'"),
+    # What does not print is told in one line.
+    (["--run_name=a\nb"], r"--run_name 'a\nb'"),
+    (["--input_bin=a\nb", "--input_val_bin=b"], r"--input_bin 'a\nb'"),
+    (["--mixer=attn\n"], r"--mixer 'attn\n'"),
+    (["--non\nsense"], r"--non\nsense"),
+    (["a\nb"], r"a\nb"),
     (["--n_layer=--"], "--n_layer=--"),
     # Shards: where they come from, and that none is used twice.
     ([f"--input_bin={TRAIN}"], "without --input_val_bin"),
@@ -243,7 +273,9 @@ WRONG = [  # (flags, what the line must name)
     ([f"--data={TRAIN}"], "--input_bin"),
     (["--data=tests"], "*train.bin"),
     (["--data=" + 300 * "x"], "too long"),
-    (["--input_bin=data/tinyshakespeare", f"--input_val_bin={VAL}"], "--data"),
+    (["--input_bin=tests", f"--input_val_bin={VAL}"], "--input_bin tests: no shard there"),
+    ([f"--input_bin={TRAIN}", "--input_val_bin=tests"], "--input_val_bin tests: no shard there"),
+    (["--input_bin=data/tinyshakespear*", f"--input_val_bin={VAL}"], "is a folder, not a shard"),
     ([f"--input_bin={TRAIN}", f"--input_val_bin={TRAIN}"], "text it has seen"),
     ([f"--input_bin={TRAIN}", "--input_val_bin=data/tinyshakespeare/*.bin"], "text it has seen"),
     # Named, but not built.
@@ -315,6 +347,51 @@ def test_extreme_sizes_run(argv, tmp_path):
 def test_no_mfu_of_a_gpu_that_only_sounds_familiar(name, known, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert (device_peak_flops(torch.device("cuda")) is not None) == known
+
+
+def test_the_peak_may_be_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a new card")
+    card = torch.device("cuda")
+    assert device_peak_flops(card) is None and device_peak_flops(card, 250.0) == 250e12
+    assert device_peak_flops(torch.device("cpu"), 1.5) == 1.5e12
+
+
+def test_a_card_is_named_with_its_memory(monkeypatch):
+    """An RTX 4090 says 25,386,352,640 bytes."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=25_386_352_640))
+    assert device_name(torch.device("cuda")) == "NVIDIA GeForce RTX 4090, 24 GiB"
+
+
+def test_a_told_peak_is_the_mfu_of_the_log(tmp_path):
+    knobs = [*SMALL, *ATTN, f"--output_dir={tmp_path}", "--train_loss_every=1"]
+    main(parse([*knobs, "--peak_flops=1e-6"]))
+    log = next(tmp_path.glob("*/log.txt")).read_text()
+    cfg = parse(SMALL + ATTN)
+    model = new_model(replace(cfg, vocab_size=256), torch.device("meta"))
+    flops = flops_per_token(roles(model), model.blocks, cfg.sequence_length)
+    for rate, mfu in re.findall(r"tok/s:(\d+) mfu:([\d.]+)", log):
+        assert float(mfu) == pytest.approx(int(rate) * flops / 1e6, rel=0.01)
+    assert len(re.findall(r"tok/s:\d+ mfu:", log)) == 2
+
+
+def test_an_estimate_guesses_the_time_by_a_told_peak(capsys):
+    def guess(*flags):
+        main(parse(["--estimate", "--model=d12", "--mixer=attn", "--device=cpu", *flags]))
+        found = re.search(r"about .* on \d+ TFLOP/s at 50% MFU, a guess: ([\d,]+) tokens/s",
+                          capsys.readouterr().out)
+        return found and int(found[1].replace(",", ""))
+
+    assert guess() is None
+    assert guess("--peak_flops=400") == pytest.approx(2 * guess("--peak_flops=200"), abs=1)
+
+
+def test_an_estimate_ends_with_the_notes_of_the_run(capsys):
+    main(parse(["--estimate", *SMALL, *ATTN, "--window=16"]))
+    out = capsys.readouterr().out
+    assert out.startswith("device ") and "note: --window 16 has no effect" in out.splitlines()[-2]
+    assert "--muon_momentum_warmup 300 is longer" in out.splitlines()[-1]
 
 
 def test_estimate(tmp_path, capsys):

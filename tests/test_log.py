@@ -240,7 +240,7 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch, name):
 
 
 def test_a_tracker_that_does_not_exist():
-    with pytest.raises(ValueError, match="--log wandbb: no such tracker; did you mean wandb"):
+    with pytest.raises(ValueError, match="--log wandbb: no such log; did you mean wandb"):
         Config(log="tensorboard,wandbb")
 
 

@@ -286,12 +286,14 @@ def test_paths_are_the_callers(tmp_path):
 # ---------------- GPUs
 
 # A Python that sees two GPUs, but has no network.
-TWO_GPUS = """import os, sys
+TWO_GPUS = """import os, sys, types
 if any("train_gpt2" in word or "torch.cuda" in word for word in sys.orig_argv):
     import torch
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     torch.cuda.get_device_name = lambda device=None: "NVIDIA H200"
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
+        total_memory=140 * 2**30)
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 if any("fineweb.py" in word for word in sys.orig_argv):
     os._exit(9)
