@@ -789,13 +789,15 @@ def cosine(step: float, cfg: Config) -> float:
     return cfg.lr_end + (1 - cfg.lr_end) * (1 + math.cos(math.pi * done)) / 2
 
 
-def set_schedule(optimizers, step: float, cfg: Config) -> float:
-    """Set a step's rates: linear warm-up, then a row of SCHEDULES; and Muon's momentum.
-
-    -> the rates' share of their peaks.
-    """
+def rate_share(step: float, cfg: Config) -> float:
+    """Of all rates' peaks: linear warm-up, then a row of SCHEDULES."""
     warmup = cfg.lr_start + (1 - cfg.lr_start) * (step + 1) / max(1, cfg.warmup_steps)
-    share = min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
+    return min(warmup, SCHEDULES[cfg.schedule][0](step, cfg))
+
+
+def set_schedule(optimizers, step: float, cfg: Config):
+    """Set a step's rates, and Muon's momentum."""
+    share = rate_share(step, cfg)
     low = min(0.85, cfg.muon_momentum)
     warm = 1.0
     if step < cfg.muon_momentum_warmup:
@@ -806,7 +808,6 @@ def set_schedule(optimizers, step: float, cfg: Config) -> float:
             group["lr"] = group["peak_lr"] * share
             if "momentum" in group:
                 group["momentum"] = momentum
-    return share
 
 
 def ramp_notes(cfg: Config) -> list[str]:
@@ -1538,7 +1539,7 @@ def train(cfg: Config, signals) -> float | None:
             clock.start()
 
         # One training step
-        share = set_schedule(optimizers, where, cfg)
+        set_schedule(optimizers, where, cfg)
         micro_batches, predictions = next(steps)
         train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say)
         told = torch.tensor([float(signals.caught), clock.now()], device=device)
@@ -1580,7 +1581,7 @@ def train(cfg: Config, signals) -> float | None:
                 say(text)
             if log and logged:
                 log.measure(step=step + 1, tokens=at["tokens"], seconds=seconds,
-                            train_loss=train_loss, learning_rate=share * cfg.learning_rate,
+                            train_loss=train_loss, learning_rate=rate_share(where, cfg) * cfg.learning_rate,
                             gradient_norm=size, tokens_per_second=rate)
             if log and log.tty:
                 left = seconds / (step + 1) * (steps_in_all - step - 1)

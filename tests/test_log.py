@@ -18,7 +18,7 @@ import log
 from log import METRICS, Log, short
 from shards import bytes_a_token, open_shards
 from tests.runs import checkpoint_loss, steps, train, weights
-from train_gpt2 import (GPT, Config, Watch, Windows, main, per_byte, place, set_schedule)
+from train_gpt2 import GPT, Config, Watch, Windows, main, per_byte, place, rate_share
 
 
 def metrics(folder):
@@ -115,7 +115,7 @@ def test_a_schedule_in_time_is_that_in_steps():
     for share in (0, 0.05, 0.3, 0.75, 0.99):
         where = place(7, 600 * share, cfg)
         assert where == pytest.approx(100 * share)
-        assert set_schedule([], where, cfg) == pytest.approx(set_schedule([], 100 * share, by_steps))
+        assert rate_share(where, cfg) == pytest.approx(rate_share(100 * share, by_steps))
     assert place(7, 601, cfg) == 100
     assert place(7, 601, by_steps) == 7
 
