@@ -158,7 +158,8 @@ def time_estimates(tokens: int, flops: int, device: torch.device, told: float) -
     # A CUDA device may be only told of: see pick_device.
     peak = device_peak_flops(device, told) if told or is_available(device.type) else None
     if peak:
-        rates[f"{peak / 1e12:g} TFLOP/s at 50% MFU"] = 0.5 * peak
+        card = f"a GPU of {told:g} TFLOP/s" if told else "this GPU"
+        rates[f"{card} at 50% MFU"] = 0.5 * peak
     elif device.type == "cpu":
         rates["this CPU at 30% of its fp32 peak"] = 0.3 * matmul_flops()
     # The public baseline has 62%.

@@ -78,7 +78,7 @@ MODELS = {                                           # layers, heads, channels
 class Config:
     # Data
     data: str = "data/tinyshakespeare"               # folder: *train.bin, *val.bin, numbered or not
-    input_bin: str = ""                              # instead: training shards by path, glob, folder
+    input_bin: str = ""                              # instead: training shards; glob or folder
     input_val_bin: str = ""                          # and validation shards, likewise
     output_dir: str = "logs"                         # one folder a run appears below it
     run_name: str = ""                               # that folder's name; empty: date, mixer, seed

@@ -379,7 +379,7 @@ def test_a_told_peak_is_the_mfu_of_the_log(tmp_path):
 def test_an_estimate_guesses_the_time_by_a_told_peak(capsys):
     def guess(*flags):
         main(parse(["--estimate", "--model=d12", "--mixer=attn", "--device=cpu", *flags]))
-        found = re.search(r"about .* on \d+ TFLOP/s at 50% MFU, a guess: ([\d,]+) tokens/s",
+        found = re.search(r"about .* on a GPU of \d+ TFLOP/s at 50% MFU, a guess: ([\d,]+) tokens/s",
                           capsys.readouterr().out)
         return found and int(found[1].replace(",", ""))
 
