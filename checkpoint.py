@@ -23,7 +23,7 @@ BEST = "best.pt"
 # another, and what the rate then does is said.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "device", "compile",
         "val_batch_size", "val_loss_every", "train_loss_every", "save_every", "keep",
-        "peak_flops", "target_val_loss", "log", "estimate", "resume", "resume_anyway",
+        "target_val_loss", "log", "peak_flops", "estimate", "resume", "resume_anyway",
         "skip_bad_steps"}
 
 
@@ -247,8 +247,7 @@ WARNINGS = ("SIGUSR1", "SIGXCPU")
 
 
 class Signals:
-    """From listen() to the end of the block, a first of ENDS and any of WARNINGS are only noted; a
-    second of ENDS acts."""
+    """From listen() to the end of the block WARNINGS and a first of ENDS are but noted."""
     def __init__(self):
         self.caught = 0                              # its number
         self.before = {}

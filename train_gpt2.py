@@ -1581,8 +1581,8 @@ def train(cfg: Config, signals) -> float | None:
                 say(text)
             if log and logged:
                 log.measure(step=step + 1, tokens=at["tokens"], seconds=seconds,
-                            train_loss=train_loss, learning_rate=rate_share(where, cfg) * cfg.learning_rate,
-                            gradient_norm=size, tokens_per_second=rate)
+                            train_loss=train_loss, gradient_norm=size, tokens_per_second=rate,
+                            learning_rate=rate_share(where, cfg) * cfg.learning_rate)
             if log and log.tty:
                 left = seconds / (step + 1) * (steps_in_all - step - 1)
                 log.progress(step + 1, steps_in_all, train_loss, rate, left)

@@ -50,7 +50,7 @@ def torchrun(n, out, **knobs):
 
 def steps(folder, kind):
     """The train or validation losses of a log."""
-    lines = (folder / "log.txt").read_text().split("\n=== run\n")[1].splitlines()
+    lines = (folder / "log.txt").read_text().split("\n=== run\n", 1)[1].splitlines()
     return [float(m[4]) for m in map(STEP.fullmatch, lines) if m and m[3] == kind]
 
 

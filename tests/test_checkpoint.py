@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import checkpoint
+import log
 import sample
 import train_gpt2
 from shards import open_shards
@@ -52,7 +53,7 @@ def run(out, **knobs):
 
 def told(folder):
     """The lines of a log, without the sources."""
-    return (folder / "log.txt").read_text().split("\n=== run\n")[1]
+    return (folder / "log.txt").read_text().split("\n=== run\n", 1)[1]
 
 
 def same(a, b):
@@ -151,11 +152,12 @@ def test_a_field_that_the_checkpoint_lacks_is_named(shards, tmp_path):
 
 
 def test_last_best_and_some_more_are_kept(shards, tmp_path, monkeypatch):
-    values = iter([4.0, 3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0])
+    # of each validation; the last one is the accuracy
+    values = iter([4.0, 3.0, 2.0, 2.5, 2.6, 2.7, 2.8, 2.9, 3.0, 0.5])
     monkeypatch.setattr(train_gpt2, "evaluate", lambda *args: next(values))
     _, folder = run(tmp_path, **shards, val_loss_every=1, save_every=1, keep=3)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "best.pt", "log.txt", "model.pt", "model_0000006.pt", "model_0000007.pt"]
+    assert sorted(path.name for path in folder.glob("*.pt*")) == [
+        "best.pt", "model.pt", "model_0000006.pt", "model_0000007.pt"]
     saved = {name: checkpoint.read(folder / name)["step"]
              for name in ("model.pt", "best.pt", "model_0000006.pt")}
     assert saved == {"model.pt": 8, "best.pt": 2, "model_0000006.pt": 6}
@@ -432,9 +434,9 @@ def test_a_full_disk_does_not_end_the_run(shards, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "reserve", full)
     loss, folder = run(tmp_path, **shards)
-    log = (folder / "log.txt").read_text()
-    assert log.count("could not be saved ([Errno 28] No space left on device)") >= 2
-    assert "the last one is of step 2" in log
+    text = (folder / "log.txt").read_text()
+    assert text.count("could not be saved ([Errno 28] No space left on device)") >= 2
+    assert "the last one is of step 2" in text
     assert weights(folder)["step"] == 8 and not list(folder.glob("*.tmp"))
 
 
@@ -445,8 +447,8 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end(shards, tmp_path, monkeyp
     monkeypatch.setattr(checkpoint, "reserve", full)
     with pytest.raises(SystemExit, match="the trained weights could not be saved to "):
         run(tmp_path, **shards)
-    log = next(tmp_path.glob("*/log.txt")).read_text()
-    assert "final val_loss:" in log and not list(tmp_path.glob("*/*.pt*"))
+    text = next(tmp_path.glob("*/log.txt")).read_text()
+    assert "final val_loss:" in text and not list(tmp_path.glob("*/*.pt*"))
 
 
 def test_files_that_may_not_grow(shards, tmp_path):
@@ -559,9 +561,9 @@ def test_no_rate_is_too_high_for_good_checkpoints(shards, tmp_path, optim, rate)
 def test_bad_steps_may_be_passed_over(shards, tmp_path, monkeypatch):
     poison(monkeypatch, 3, "grad", "wte.weight", 0, math.nan)
     _, folder = run(tmp_path, **shards, skip_bad_steps=1)
-    log = (folder / "log.txt").read_text()
+    text = (folder / "log.txt").read_text()
     assert "note: step 3 had no gradient: the gradient of wte.weight is not finite (1 are not); " \
-           "1 of at most 1 such steps" in log
+           "1 of at most 1 such steps" in text
     assert weights(folder)["step"] == 8
 
 
@@ -674,8 +676,8 @@ def test_a_closed_stdout_does_not_end_the_run(tmp_path, shell):
     command = f"{sys.executable} train_gpt2.py {' '.join(FLAGS)} --output_dir {tmp_path}"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", shell.format(command)], cwd=ROOT,
                           capture_output=True, text=True)
-    log = next(tmp_path.glob("*/log.txt")).read_text()
-    assert "final val_loss:" in log and list(tmp_path.glob("*/model.pt"))
+    text = next(tmp_path.glob("*/log.txt")).read_text()
+    assert "final val_loss:" in text and list(tmp_path.glob("*/model.pt"))
     assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
 
 
@@ -713,7 +715,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(user):
                 user / "full/a/b"):
         for name in ("", "run"):
             with pytest.raises(SystemExit) as e:
-                train_gpt2.new_folder(Config(output_dir=str(out), run_name=name))
+                log.new_folder(Config(output_dir=str(out), run_name=name))
             assert re.search(r"cannot make this folder \((Permission denied|File name too long)\): "
                              "change --output_dir", e.value.code) and "\n" not in e.value.code
 
@@ -730,18 +732,18 @@ def test_a_checkpoint_that_may_not_be_looked_for_is_one_line(user):
 def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda *args: "now")
     with ThreadPoolExecutor(8) as pool:
-        folders = [*pool.map(train_gpt2.new_folder, 64 * [Config(output_dir=str(tmp_path))])]
+        folders = [*pool.map(log.new_folder, 64 * [Config(output_dir=str(tmp_path))])]
     assert len(set(folders)) == 64
 
 
 def test_two_runs_of_one_name_share_no_log(shards, tmp_path):
     """Both have found the folder empty: the second to write its log ends."""
     cfg = Config(output_dir=str(tmp_path), run_name="run")
-    folders = [train_gpt2.new_folder(cfg) for _ in range(2)]
+    folders = [log.new_folder(cfg) for _ in range(2)]
     assert folders[0] == folders[1]
     (folders[0] / "log.txt").touch()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="File exists"):
-        patch.setattr(train_gpt2, "new_folder", lambda cfg: folders[1])
+        patch.setattr(log, "new_folder", lambda cfg: folders[1])
         train_gpt2.Log(cfg, {})
 
 
