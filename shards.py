@@ -21,6 +21,18 @@ HEADER = 256
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}         # magic: (version, type)
 GPT2_VOCAB = 50257
 
+# {tokenizer of data/text.py: sizes of its vocabulary, from bare to padded}
+TOKENIZERS = {
+    "bytes": range(256, 257),
+    "gpt2": range(GPT2_VOCAB, 50_304 + 1),
+    "qwen": range(151_643, 151_936 + 1),
+}
+
+
+def tokenizer_of(vocab: int) -> str | None:
+    """Which tokenizer made shards of this vocabulary; None: one of your own."""
+    return next((name for name, sizes in TOKENIZERS.items() if vocab in sizes), None)
+
 
 def open_shard(path: str):
     """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line."""

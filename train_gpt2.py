@@ -56,7 +56,7 @@ from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNo
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
                    PrePostNorm, ReLU2, SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm,
                    recompute_block, recompute_high_rank)
-from shards import open_data
+from shards import open_data, tokenizer_of
 
 ROOT = Path(__file__).resolve().parent
 
@@ -1540,6 +1540,7 @@ def train(cfg: Config, signals) -> float | None:
                 checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
                 checkpoint.write(log.dir / checkpoint.LAST, dict(
                     model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
+                    tokenizer=tokenizer_of(vocab),
                     optimizers=[opt.state_dict() for opt in optimizers], random=random, data=data))
                 watch.saved = step
             if best:

@@ -169,20 +169,20 @@ def bpe_codec(encoding, normal=str):
     threads = min(os.cpu_count() or 1, 16)
     return lambda texts: encoding.encode_ordinary_batch(
         [*map(normal, texts)], num_threads=threads
-    ), encoding.decode
+    ), encoding.decode_bytes
 
 
 def bytes_codec():
     return (
         lambda texts: [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts],
-        lambda tokens: bytes(tokens).decode(errors="replace"),
+        bytes,
     )
 
 
 # Qwen's sizes: Qwen2.5 counts 151,665, Qwen3 four more, and their models are padded to 151,936,
 # which may be sampled.
 # name: (vocabulary size, tokens that start a document, file of ranks or None -> (texts -> token
-# lists, tokens -> text))
+# lists, tokens -> bytes of UTF-8))
 TOKENIZERS = {
     "gpt2": (50257, [50256], lambda _: bpe_codec(gpt2_encoding())),
     # any value may be a byte of the text: none is left for the start
