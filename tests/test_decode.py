@@ -1,6 +1,7 @@
 """decode.py: states against forward, the window, and what tokens are drawn with."""
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -42,17 +43,17 @@ def test_states_equal_forward(case):
     idx = torch.randint(V, (3, T))
     expected = m(idx)
     assert apart(expected[:, :-1], expected[:, 1:]) > 0.1
-    for n in (0, 2, T - 5):
+    for n, end in ((0, T), (2, 12), (T // 2 + 1, 50), (T - 5, T)):
         columns = []
         state = m.init_state(3)
         if n:
             logits, state = m.prefill(idx[:, :n])
             columns = [logits]
-        for column in idx[:, n:].unbind(1):
+        for column in idx[:, n:end].unbind(1):
             logits, state = m.step(column, state)
             columns.append(logits)
         got = torch.stack(columns, 1)
-        assert apart(got, expected[:, T - got.size(1):]) < 1e-9, n
+        assert apart(got, expected[:, end - got.size(1):end]) < 1e-9, n
 
 
 class OnlySteps(nn.Module):
@@ -171,11 +172,14 @@ def test_the_test_of_draws_finds_faults(monkeypatch):
         p[p.cumsum(-1).roll(2, -1).index_fill(-1, torch.tensor([0, 1]), 0) >= top_p] = 0
         return torch.zeros_like(p).scatter(1, order, p)
 
+    def told_to(changed, logits, **choice):
+        return right(logits, **changed)
+
     for fault in (one_fewer, one_more):
         monkeypatch.setattr(decode, "probabilities", fault)
         assert misfit(dict(top_p=0.6)) > 7
     for changed in (dict(temperature=1.2), dict(top_p=0.9)):
-        monkeypatch.setattr(decode, "probabilities", lambda z, **choice: right(z, **changed))
+        monkeypatch.setattr(decode, "probabilities", partial(told_to, changed))
         assert misfit(dict()) > 7
 
 
