@@ -124,8 +124,8 @@ class AFNO(nn.Module):
     """The causal AFNO mixer, (B, T, C) -> (B, T, C) for any 1 <= T <= seq_len.
 
     The equations are at the top of the file. group_size 0 means 16 channels a kernel, num_blocks 0
-    means 8 blocks, or the largest divisors below that fit. Decoding keeps every u so far: O(t C) a
-    token, half the memory of a KV cache.
+    means 8 blocks, or the largest divisors below that fit. Decoding keeps every u so far, half the
+    memory of a KV cache, and reads them once a token: 2 t C FLOPs.
     Raises ValueError where the sizes do not divide or the backend is unknown.
     """
     def __init__(self, dim: int, seq_len: int, *, num_blocks: int = 0,
@@ -189,29 +189,41 @@ class AFNO(nn.Module):
 
     def forward(self, x: Tensor, v1: Tensor | None = None) -> Tensor:
         q, u = self.gate(self.short_conv(self.qkv(x, v1)))
-        h = self.kernel()[:, :x.size(1)]  # (G, T)
-        y = self.conv(u, h)
+        return self.out(q, u, self.kernel())
+
+    def out(self, q: Tensor, u: Tensor, h: Tensor) -> Tensor:
+        """The gate and the convolution's input, (B, T, C), the kernel (G, seq_len) -> (B, T, C)."""
+        y = self.conv(u, h[:, :u.size(1)])
         return self.proj(q * torch.addcmul(y, self.D.type_as(u), u))
 
     def init_state(self, B: int) -> tuple:
-        """The state before the first token: short window, all u so far, kernel, token count."""
-        past = self.D.new_zeros(B, self.seq_len, self.dim)
-        return self.short_conv.init_state(B), past, self.kernel(), 0
+        """The state before the first token: short window, all u so far, kernel, token count.
+
+        The kernel's first tap is its last, as it meets the newest u. A step writes into the place
+        of its u, (B, G, seq_len, W): its old state is used up.
+        """
+        taps = self.kernel().flip(1)
+        past = taps.new_zeros(B, len(taps), self.seq_len, self.dim // len(taps))
+        return self.short_conv.init_state(B), past, taps, 0
+
+    def prefill(self, x: Tensor, v1: Tensor | None = None) -> tuple[Tensor, tuple]:
+        """A prompt: forward's output, and the state behind it."""
+        T = x.size(1)
+        z = self.qkv(x, v1)
+        q, u = self.gate(self.short_conv(z))
+        _, past, taps, _ = self.init_state(len(x))
+        past[:, :, :T] = u.unflatten(2, (len(taps), -1)).transpose(1, 2)
+        return self.out(q, u, taps.flip(1)), (self.short_conv.state_behind(z), past, taps, T)
 
     def step(self, x: Tensor, state: tuple, v1: Tensor | None = None) -> tuple[Tensor, tuple]:
         """One token, (B, C) -> (B, C), and the next state."""
-        window, past, h, t = state
+        window, past, taps, t = state
         z, window = self.short_conv.step(self.qkv(x, v1), window)
         q, u = self.gate(z)
-        at = torch.tensor([t], device=u.device)
-        past = past.index_copy(1, at, u[:, None].type_as(past))
-
-        # The newest u meets the kernel's first tap.
-        seen = past[:, :t + 1].unflatten(2, (h.size(0), -1))  # (B, t + 1, G, W)
-        taps = h[:, :t + 1].flip(1)
-        y = torch.einsum("btgw,gt->bgw", seen, taps).flatten(1)
-        y = y.type_as(u) + self.D * u
-        return self.proj(q * y), (window, past, h, t + 1)
+        past[:, :, t] = u.unflatten(1, (len(taps), -1))
+        y = taps[:, None, -t - 1:] @ past[:, :, :t + 1]  # (B, G, 1, W)
+        y = y.flatten(1).type_as(u) + self.D * u
+        return self.proj(q * y), (window, past, taps, t + 1)
 
 
 def afno_naive(m: AFNO, x: Tensor) -> Tensor:

@@ -215,17 +215,33 @@ class CausalSelfAttention(nn.Module):
         return kernel(q, k, v)
 
     def forward(self, x: Tensor, v1: Tensor | None = None, view: View | None = None) -> Tensor:
+        return self.mix(x, v1, view)[0]
+
+    def mix(self, x: Tensor, v1: Tensor | None, view: View | None):
+        """-> the output, and what decoding has to remember: qkv of x; keys, values (B, H, T, D)."""
         if view is None:
             view = self.view(x.size(1), None, x.device)
-        z = self.qkv(x)
+        z = qkv = self.qkv(x)
         if self.short_conv is not None:
-            z = self.short_conv(z)
+            z = self.short_conv(qkv)
         q, k, v = self.heads(z, v1, view.at)
         y = self.attend(x, q, k, v, view.kernel)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return self.proj(y.transpose(1, 2).flatten(2)), qkv, k, v
+
+    def prefill(self, x: Tensor, v1: Tensor | None = None, view: View | None = None):
+        """A prompt: forward's output, and the state behind it."""
+        y, qkv, k, v = self.mix(x, v1, view)
+        conv, cache, _ = self.init_state(len(x))
+        if self.short_conv is not None:
+            conv = self.short_conv.state_behind(qkv)
+        cache[:, :, :, :x.size(1)] = torch.stack((k, v))
+        return y, (conv, cache, x.size(1))
 
     def init_state(self, B: int):
-        """An empty cache of keys and values, and of the short convolution's inputs; the time, 0."""
+        """The short convolution's inputs, a cache for seq_len keys and values, the time: 0.
+
+        The cache has the grouped heads only, and a step writes into it: its old state is used up.
+        """
         cache = next(self.parameters()).new_zeros(2, B, self.n_kv_head, self.seq_len, self.head_dim)
         conv = None
         if self.short_conv is not None:
@@ -245,8 +261,7 @@ class CausalSelfAttention(nn.Module):
             v1 = v1[:, None]
         q, k, v = self.heads(z[:, None], v1, at)
 
-        now = torch.tensor([t], device=x.device)
-        cache = cache.index_copy(3, now, torch.stack((k, v)).type_as(cache))
+        cache[:, :, :, t:t + 1] = torch.stack((k, v))
         first = max(0, t + 1 - self.window) if self.window else 0
         k, v = cache[:, :, :, first:t + 1].type_as(q)
         mask = None

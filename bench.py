@@ -5,10 +5,11 @@
     python bench.py scaling --mixer fftnet,attn # as many tokens in longer rows: linear or not?
     python bench.py compiled --mixer gdn        # by torch.compile and without, in longer rows
     python bench.py models --mixer 'attn;afno'  # whole models, small ones
+    python bench.py decode                      # 512 tokens of d12: with states, and run anew
 
-Milliseconds, forward and backward, minimum and median over the repeats; trust the ratios, not the
-times. On CUDA under bf16 autocast, as in training. A new bench is a function that returns
-{contender: callable} and a row of BENCHES.
+Milliseconds, forward and backward (decode: forward), minimum and median over the repeats; trust the
+ratios, not the times. On CUDA under bf16 autocast, as in training. A new bench is a function that
+returns {contender: callable} and a row of BENCHES.
 """
 import argparse
 import importlib.util
@@ -130,8 +131,49 @@ def gradients(model, x, y):
     return torch.autograd.grad(model(x, y), list(model.parameters()))
 
 
+class Share:
+    """A contender that does one n-th of the work, evenly spread: its time counts n times."""
+    def __init__(self, run, n: int):
+        self.run = run
+        self.n = n
+
+    def __call__(self):
+        return self.run()
+
+
+def decode(args, device):
+    """512 tokens of a d12 of each of --mixer: carried states against a forward for every token.
+
+    Of the forwards one in 32 runs, and counts 32 times. Ratios to the first row: a mixer's own is
+    that of its two rows.
+    """
+    contenders = {}
+    idx = torch.randint(50304, (args.batch_size, 512), device=device)
+    for row in args.mixer.split(","):
+        cfg = Config(mixer=row, n_layer=12, n_head=args.n_head, n_embd=args.n_embd,
+                     vocab_size=50304, sequence_length=args.sequence_length)
+        model = GPT(cfg).to(device)
+        contenders[f"{row}, states"] = partial(with_states, model, idx)
+        contenders[f"{row}, run anew"] = Share(partial(run_anew, model, idx, 32), 32)
+    return contenders
+
+
+@torch.no_grad()
+def with_states(model, idx):
+    state = model.init_state(len(idx))
+    for column in idx.unbind(1):
+        _, state = model.step(column, state)
+
+
+@torch.no_grad()
+def run_anew(model, idx, every):
+    # Places 16, 48, ...: on average as long as all of them.
+    for t in range(every // 2, idx.size(1), every):
+        model(idx[:, :t])
+
+
 BENCHES = {"gdn": gdn, "mixers": mixers, "scaling": scaling, "compiled": compiled,
-           "models": models}
+           "models": models, "decode": decode}
 
 
 def measure(contenders, repeats, device):
@@ -153,11 +195,14 @@ def measure(contenders, repeats, device):
                 if device.type != "cpu":
                     getattr(torch, device.type).synchronize()
                 if timed:
-                    times[name].append(1e3 * (time.perf_counter() - start))
+                    n = run.n if isinstance(run, Share) else 1
+                    times[name].append(1e3 * n * (time.perf_counter() - start))
     return times
 
 
 SIZES = dict(n_embd=512, n_head=8, batch_size=2, sequence_length=1024, repeats=5, threads=1)
+# Where a bench has sizes of its own.
+OWN = {"decode": dict(n_embd=768, n_head=12, batch_size=1, repeats=1, mixer="attn,afno")}
 
 
 def parse(argv=None):
@@ -168,9 +213,11 @@ def parse(argv=None):
     for name, default in SIZES.items():
         parser.add_argument("--" + name, type=int, default=default, help="default: %(default)s")
     parser.add_argument("--mixer", default="fftnet",
-                        help="rows of MIXERS for scaling and models; default: %(default)s")
+                        help="rows of MIXERS for scaling, models, decode; default: %(default)s")
     parser.add_argument("--device", default="cpu",
                         help="auto, cpu, cuda or mps; default: %(default)s")
+    bench = parser.parse_args(argv).bench
+    parser.set_defaults(**OWN.get(bench, {}))
     args = parser.parse_args(argv)
     for name in SIZES:
         if getattr(args, name) < 1:

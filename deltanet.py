@@ -217,6 +217,12 @@ class GatedDeltaNet(nn.Module):
         o, _ = self.rule(*self.heads(z, x), self.chunk)
         return self.out(o, x)
 
+    def prefill(self, x: Tensor, v1: Tensor | None = None):
+        """A prompt: forward's output, and the state behind it."""
+        z = self.qkv(x, v1)
+        o, S = self.rule(*self.heads(self.short_conv(z), x), self.chunk)
+        return self.out(o, x), (self.short_conv.state_behind(z), S)
+
     def init_state(self, B: int):
         S = self.gain.new_zeros(B, self.n_head, self.dk, self.dv)
         return self.short_conv.init_state(B), S

@@ -66,8 +66,8 @@ def running_mean(x: Tensor) -> Tensor:
 
 
 def running_spectrum(a: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor,
-                     chunk: int = CHUNK) -> Tensor:
-    """The filtered running spectrum, chunkwise, in v's shape.
+                     chunk: int = CHUNK):
+    """The filtered running spectrum, chunkwise, in v's shape; Z behind it, complex (B, H, M, d).
 
     a, k (B, T, H, 2M), v (B, T, H, d), g (B, T, H), theta (H, M). g <= 0 is the log of the decay,
     theta is in radians a token. Works in fp32 (fp64 stays), also under autocast. Angles start anew
@@ -82,9 +82,7 @@ def running_spectrum(a: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor,
         return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4)
 
     with torch.autocast(v.device.type, enabled=False):
-        a = chunks(a)
-        k = chunks(k)
-        V = chunks(v)
+        a, k, V = map(chunks, (a, k, v))
         c = chunks(g[..., None]).cumsum(-2)
         theta = theta.to(dtype)
         angle = theta[:, None] * torch.arange(C, device=v.device)[:, None]     # (H, C, M)
@@ -103,11 +101,14 @@ def running_spectrum(a: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor,
             before.append(Z)
             Z = rotate(decay * Z + write, turn, -2)
         y = torch.cat((c.exp() * Q, A), dim=-1) @ torch.cat((torch.stack(before), V), dim=-2)
-        return y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T].type_as(v)
+        # Z has been turned to where the next chunk begins: back to the last token.
+        re, im = rotate(Z, (1 + -T % C) * theta[..., None], -2).chunk(2, dim=-2)
+        y = y.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
+        return y.type_as(v), torch.complex(re, -im)
 
 
 class RunningSpectrum(nn.Module):
-    """a (B, T, H, 2M), v (B, T, H, d), x (B, T, C) -> (B, T, H, d); modes 0 means d / 2."""
+    """a (B, T, H, 2M), v (B, T, H, d), x (B, T, C) -> y like v, the state; modes 0 means d / 2."""
     # theta is no matrix: AdamW, no decay, its own rate.
     role = "kernel"
 
@@ -134,9 +135,11 @@ class RunningSpectrum(nn.Module):
         """-> k (..., H, 2M), g (..., H); z is W_k x behind the convolution."""
         return norm(z.unflatten(-1, (self.n_head, -1))), -F.softplus(self.forget(x) + self.bias)
 
-    def forward(self, a: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        k, g = self.writes(self.short_conv(self.k(x)), x)
-        return running_spectrum(a, k, v, g, self.theta)
+    def forward(self, a: Tensor, v: Tensor, x: Tensor):
+        z = self.k(x)
+        k, g = self.writes(self.short_conv(z), x)
+        y, Z = running_spectrum(a, k, v, g, self.theta)
+        return y, (self.short_conv.state_behind(z), Z)
 
     def init_state(self, B: int):
         return self.short_conv.init_state(B), None
@@ -156,34 +159,37 @@ class FilterBank(nn.Module):
         super().__init__()
         self.n_head = n_head
         self.modes = modes or 4
-        self.past = (seq_len, n_head, dim // n_head)
+        self.seq_len = seq_len
+        self.d = dim // n_head
         self.conv = BACKENDS["toeplitz" if seq_len <= 2048 else "fft"]
         self.kernel = FourierKernel(2 * n_head * self.modes, seq_len, num_blocks=n_head, poles=16,
                                     hidden=16, sparsity_threshold=0.01, kept_fraction=1.0)
 
     def flops(self, T: int) -> int:
         conv = T + BLOCK if self.conv is toeplitz_conv else 10 * math.log2(2 * T)
-        return int(2 * self.modes * math.prod(self.past[1:]) * (conv + 2))
+        return int(2 * self.modes * self.n_head * self.d * (conv + 2))
 
-    def forward(self, a: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    def forward(self, a: Tensor, v: Tensor, x: Tensor):
         T = v.size(1)
-        h = self.kernel()[:, :T].unflatten(0, (self.n_head, -1))       # (H, 2M, T)
+        kernel = self.kernel().unflatten(0, (self.n_head, -1))         # (H, 2M, seq_len)
         y = 0
-        for weight, taps in zip(a.unbind(-1), h.unbind(1)):
+        for weight, taps in zip(a.unbind(-1), kernel[..., :T].unbind(1)):
             y = y + weight[..., None] * self.conv(v.flatten(2), taps).view_as(v)
-        return y.type_as(v)
+        return y.type_as(v), (v.transpose(1, 2), kernel, T)
 
     def init_state(self, B: int):
         h = self.kernel().unflatten(0, (self.n_head, -1))
-        return h.new_zeros(B, *self.past), h, 0
+        return h.new_zeros(B, self.n_head, 0, self.d), h, 0
 
     def step(self, a: Tensor, v: Tensor, x: Tensor, state):
         past, h, t = state
-        now = torch.tensor([t], device=v.device)
-        past = past.index_copy(1, now, v[:, None].type_as(past))
+        if past.size(2) == t:
+            # Memory for all tokens there can be, written in place from here on.
+            past = F.pad(past.type_as(h), (0, 0, 0, self.seq_len - t))
+        past[:, :, t] = v
         # This token's own kernel, the newest tap last.
-        taps = torch.einsum("bhm,hmt->bth", a.type_as(h), h[..., :t + 1].flip(-1))
-        return (taps[..., None] * past[:, :t + 1]).sum(1).type_as(v), (past, h, t + 1)
+        taps = torch.einsum("bhm,hmt->bht", a.type_as(h), h[..., :t + 1]).flip(-1)
+        return (taps[:, :, None] @ past[:, :, :t + 1])[:, :, 0].type_as(v), (past, h, t + 1)
 
 
 FILTERS = {"running": RunningSpectrum, "bank": FilterBank}
@@ -228,10 +234,9 @@ class FFTNet(nn.Module):
     def streams(self, x: Tensor, v1: Tensor | None = None) -> Tensor:
         """(..., C) -> (..., q and v and gate side by side); v1 is added to the values."""
         v = self.v(x)
-        q = self.q(x)
         if v1 is not None:
             v = v + v1
-        return torch.cat((q, v, self.gate(x)), dim=-1)
+        return torch.cat((self.q(x), v, self.gate(x)), dim=-1)
 
     def split(self, z: Tensor, mean: Tensor):
         """-> a (..., H, 2M), v (..., H, d), gate (..., C); z is streams behind the convolution."""
@@ -246,9 +251,16 @@ class FFTNet(nn.Module):
         return self.proj(norm(y).flatten(-2).type_as(gate) * gate)
 
     def forward(self, x: Tensor, v1: Tensor | None = None) -> Tensor:
-        z = self.short_conv(self.streams(x, v1))
-        a, v, gate = self.split(z, running_mean(x))
-        return self.out(self.spectrum(a, v, x), gate)
+        return self.prefill(x, v1)[0]
+
+    def prefill(self, x: Tensor, v1: Tensor | None = None):
+        """A prompt: forward's output, and the state behind it."""
+        T = x.size(1)
+        z = self.streams(x, v1)
+        mean = running_mean(x)
+        a, v, gate = self.split(self.short_conv(z), mean)
+        y, inner = self.spectrum(a, v, x)
+        return self.out(y, gate), (self.short_conv.state_behind(z), T * mean[:, -1], T, inner)
 
     def init_state(self, B: int):
         total = self.base.new_zeros(B, self.dim)

@@ -12,6 +12,7 @@ import csv
 import gzip
 import importlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -165,6 +166,14 @@ class Log:
         except OSError:
             self.tty = False
         self.shown = time.perf_counter()
+
+
+def per_byte(loss: float, text_bytes: float | None) -> dict[str, float]:
+    """A loss in nats per token, in bits; nothing where nobody counted the text's bytes.
+
+    text_bytes: of the text, a token.
+    """
+    return {"bits_per_byte": loss / math.log(2) / text_bytes} if text_bytes else {}
 
 
 def short(number: float) -> str:

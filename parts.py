@@ -35,6 +35,9 @@ class Linear(nn.Linear):
     @staticmethod
     def fused(x: Tensor, layers) -> Tensor:
         """Several layers on one input, outputs side by side: one GEMM, though Muon sees each."""
+        # Weights side by side are a copy of them all: for the few tokens of decoding, too dear.
+        if x.numel() < x.size(-1)**2:
+            return torch.cat([layer(x) for layer in layers], dim=-1)
         return F.linear(x, torch.cat([layer.weight for layer in layers]))
 
 
@@ -102,6 +105,11 @@ class ShortConv(nn.Module):
     def init_state(self, B: int) -> Tensor:
         width, C = self.weight.shape
         return self.weight.new_zeros(B, width - 1, C)
+
+    def state_behind(self, x: Tensor) -> Tensor:
+        """The state behind the inputs (B, T, C): the last width - 1 of them."""
+        width = len(self.weight)
+        return F.pad(x[:, 1 - width:], (0, 0, max(0, width - 1 - x.size(1)), 0))
 
     def step(self, x: Tensor, state: Tensor):
         """(B, C) and the last inputs (B, width - 1, C) -> (B, C), the next state."""

@@ -1,22 +1,34 @@
-"""Let a trained model write, token by token, by the step of its mixers where all have one.
+"""Let a trained model write, token by token: the text to stdout, which checkpoint it is to stderr.
 
     python sample.py                                    # the newest checkpoint below logs/
-    python sample.py logs/RUN --prompt "To be" --tokens 500 --temperature 0.7 --top_k 50
+    python sample.py logs/RUN --prompt "To be" --max_new_tokens 500 --temperature 0.7 --top_k 50
+    python sample.py --num_samples 4 --top_p 0.9        # four at once, printed one after another
+    python sample.py --interactive                      # a line in, a continuation out
 
-The text goes to stdout; which checkpoint wrote it goes to stderr.
+--interactive continues every line it reads; the text so far stays in the context, and a line begins
+behind it. Ctrl-C stops a text, Ctrl-D or the end of a pipe leaves. How far a model looks back is
+said in decode.py.
 """
 import argparse
+import codecs
 import os
+import re
 import sys
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from checkpoint import read
-from machine import first_line
+from decode import Context, generate
+from machine import first_line, pick_device
+from shards import TOKENIZERS, tokenizer_of
 from train_gpt2 import GPT, ROOT, Config
 
+# --------------------------------------------------------------------------------------------------
+# The checkpoint
 
 def find(named=None):
     """A run's folder or a checkpoint file -> the file; none named: the newest below logs/.
@@ -39,7 +51,11 @@ def find(named=None):
 
 def load(path):
     """Checkpoint file -> GPT in eval mode, on the CPU. SystemExit with one line if it is none."""
-    saved = read(path)
+    return build(read(path), path)
+
+
+def build(saved, path):
+    """What `read` gave -> GPT, as `load` has it."""
     try:
         model = GPT(Config(**saved["config"]))
         model.load_state_dict(saved["model"])
@@ -51,91 +67,185 @@ def load(path):
     return model.eval()
 
 
-def codec(vocab_size, ranks=None):
-    """Vocabulary size -> (text -> ids, ids -> text), with text.py's tokenizer of that size."""
-    from data.text import TOKENIZERS
-    # Unpadded, and padded.
-    sizes = {"bytes": (256, 256), "gpt2": (50257, 50304), "qwen": (151_643, 151_936)}
-    name = next((name for name, (low, high) in sizes.items() if low <= vocab_size <= high), None)
-    if not name:
-        raise SystemExit(f"no tokenizer for a vocabulary of {vocab_size:,} tokens, only for "
-                         f"{sizes}")
-    encode, decode, _ = TOKENIZERS[name][2](ranks)
-    return lambda text: [int(token) for token in encode([text])[0]], decode
+def describe(saved, path) -> str:
+    """Path, step and, where the log beside the checkpoint has it, the step's validation loss."""
+    step = saved["step"]
+    try:
+        log = path.with_name("log.txt").read_text(errors="replace")
+    except OSError:
+        log = ""
+    losses = re.findall(rf"^step:{step}/\d+ val_loss:(\S+)", log, re.MULTILINE)
+    loss = f", val_loss {losses[-1]}" if losses else ""
+    return f"checkpoint: {path}, step {step}{loss}"
 
 
-@torch.no_grad()
-def generate(model, ids, n, temperature=1.0, top_k=0):
-    """Yield n token ids after the prompt ids (not empty).
+class Tokenizer(NamedTuple):
+    encode: Callable                                 # text -> ids
+    decode: Callable                                 # ids -> bytes of UTF-8
+    size: int                                        # V without padding
+    stop: int | None                                 # the id that starts a document, and ends one
 
-    The window moves on when sequence_length is reached: decoding then starts again from its last
-    half. Where a mixer has no step, the whole window is run for every token.
+
+def make_tokenizer(name, vocab_size: int, ranks=None) -> Tokenizer:
+    """By a checkpoint's `tokenizer`; None, as in older ones: by the vocabulary's size.
+
+    SystemExit with one line where it is none of data/text.py's.
     """
-    T = model.cfg.sequence_length
-    ids = list(ids)
-    decodes = all(hasattr(block.mixer, "step") for block in model.blocks)
-    t = T                                    # tokens the state has seen; T: start anew
-    for _ in range(n):
-        if decodes:
-            if t == T:
-                if len(ids) >= T:
-                    ids = ids[-max(1, T // 2):]
-                state = model.init_state(1)
-                t = 0
-            for token in ids[t:]:
-                logits, state = model.step(torch.tensor([token]), state)
-            t = len(ids)
-        else:
-            logits = model(torch.tensor([ids[-T:]]))[:, -1]
-        token = pick(logits, temperature, top_k)
-        ids.append(token)
-        yield token
+    from data import text
+    name = name or tokenizer_of(vocab_size)
+    if not isinstance(name, str) or vocab_size < min(TOKENIZERS.get(name, [vocab_size + 1])):
+        sizes = ", ".join(f"{name} {min(sizes):,}" for name, sizes in TOKENIZERS.items())
+        raise SystemExit(f"no tokenizer is known for this vocabulary of {vocab_size} tokens, only "
+                         f"{sizes}: the model can be trained, not sampled")
+    _, starts, codec = text.TOKENIZERS[name]
+    encode, decode, _ = codec(ranks)
+    return Tokenizer(lambda text: [int(token) for token in encode([text])[0]], decode,
+                     max(TOKENIZERS[name]), next(iter(starts), None))
 
 
-def pick(logits, temperature, top_k):
-    """Logits (1, V) -> a token id; temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return int(logits.argmax())
-    if 0 < top_k < logits.size(-1):
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    return int(torch.multinomial(F.softmax(logits / temperature, dim=-1), 1))
+# --------------------------------------------------------------------------------------------------
+# The screen
+
+def say(text: str):
+    print(text, end="", flush=True)
 
 
-def main(argv=None):
+def show(columns, decode, heads):
+    """Print rows as they are written, one after another: a row waits for those before it to end.
+
+    columns: what `generate` yields; heads: what stands before each row. Never half a character.
+    """
+    utf8 = [codecs.getincrementaldecoder("utf-8")("replace") for _ in heads]
+    waiting = list(heads)
+    ended = set()
+    row = 0
+    for tokens in chain([None], columns, [[None] * len(heads)]):
+        for i, token in enumerate(tokens or []):
+            if token is not None:
+                waiting[i] += utf8[i].decode(decode([token]))
+            elif i not in ended:
+                waiting[i] += utf8[i].decode(b"", final=True) + "\n"
+                ended.add(i)
+        while row < len(heads):
+            say(waiting[row])
+            waiting[row] = ""
+            if row not in ended:
+                break
+            row += 1
+
+
+def interact(first, answer):
+    """Answer the prompt `first`, if there is one, then every line of stdin."""
+    on_screen = sys.stdin.isatty() and sys.stdout.isatty()
+    lines = [] if first is None else [first]
+    while True:
+        try:
+            answer(lines.pop() if lines else input("> " if on_screen else ""))
+        except KeyboardInterrupt:
+            say("\n")
+        except EOFError:
+            say("\n" if on_screen else "")
+            return
+
+
+# --------------------------------------------------------------------------------------------------
+
+def parse(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.error = lambda message: p.exit(2, f"sample.py: {message}\n")
     p.add_argument("checkpoint", nargs="?", type=Path,
                    help="a run's folder or its model.pt (default: the newest below logs/)")
-    p.add_argument("--prompt", default="\n")
-    p.add_argument("--tokens", type=int, default=300)
+    p.add_argument("--prompt", help="what the text begins with (default: a new document, or line)")
+    p.add_argument("--interactive", action="store_true",
+                   help="continue every line of stdin; Ctrl-C stops a text, Ctrl-D leaves")
+    p.add_argument("--num_samples", type=int, default=1, help="at once (default: %(default)s)")
+    p.add_argument("--max_new_tokens", type=int, default=300,
+                   help="a text ends there, or where a new document begins (default: %(default)s)")
+    p.add_argument("--min_new_tokens", type=int, default=0,
+                   help="no new document before (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.8,
                    help="0: always the likeliest; else 0.001 to 1000 (default: %(default)s)")
     p.add_argument("--top_k", type=int, default=0,
-                   help="sample among the k likeliest; 0: among all")
-    p.add_argument("--seed", type=int, default=0)
+                   help="draw among the k likeliest; 0: among all")
+    p.add_argument("--top_p", type=float, default=1.0,
+                   help="then among the fewest that have this share (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0,
+                   help="sample i draws by seed + i (default: %(default)s)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--ranks", type=Path, metavar="FILE",
                    help="for Qwen's tokens, as in data/text.py")
     args = p.parse_args(argv)
     # argparse of Python 3.11 and 3.12 reads `--prompt=--` as an empty list.
     if [] in vars(args).values():
         p.error("-- is no value")
-    if args.tokens < 0 or args.top_k < 0:
-        p.error("--tokens and --top_k must not be negative")
+    if args.top_k < 0 or args.num_samples < 1:
+        p.error("--top_k must not be negative, --num_samples at least 1")
+    if not 0 <= args.min_new_tokens <= args.max_new_tokens:
+        p.error(f"--min_new_tokens {args.min_new_tokens} and --max_new_tokens "
+                f"{args.max_new_tokens}: must be 0 or more, the first at most the second")
     # Beyond these a logit divided by it is no longer a number, or all tokens are equally likely.
     if args.temperature != 0 and not 0.001 <= args.temperature <= 1000:
         p.error(f"--temperature {args.temperature}: must be 0, or 0.001 to 1000")
+    if not 0 < args.top_p <= 1:
+        p.error(f"--top_p {args.top_p}: must be above 0, at most 1")
     if not 0 <= args.seed < 2**63:
         p.error(f"--seed {args.seed}: must be 0 to 2**63 - 1")
+    if args.interactive and args.num_samples > 1:
+        p.error("--interactive with --num_samples: it writes one text: drop one")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    device = pick_device(args.device, 0)
     path = find(args.checkpoint)
-    model = load(path)
-    encode, decode = codec(model.cfg.vocab_size, args.ranks)
-    print(f"checkpoint: {path}", file=sys.stderr)
-    torch.manual_seed(args.seed)
-    prompt = encode(args.prompt)[-model.cfg.sequence_length:] or encode("\n")
-    print(decode(prompt + list(generate(model, prompt, args.tokens, args.temperature, args.top_k))))
+    saved = read(path)
+    model = build(saved, path)
+    tokenizer = make_tokenizer(saved.get("tokenizer"), model.cfg.vocab_size, args.ranks)
+    print(describe(saved, path), file=sys.stderr, flush=True)
+    del saved                                        # the optimizers' memory
+    n = args.num_samples
+    context = Context(model.to(device), n)
+    generators = [torch.Generator().manual_seed(args.seed + i) for i in range(n)]
+    choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+
+    def answer(prompt, heads):
+        """Add the prompt's tokens to the context, and print what follows it."""
+        ids = tokenizer.encode(prompt or "")
+        if not ids and not context.ids.numel():
+            ids = tokenizer.encode("\n") if tokenizer.stop is None else [tokenizer.stop]
+            if prompt is not None:
+                print("note: an empty prompt: the text begins with a new "
+                      f"{'line' if tokenizer.stop is None else 'document'}", file=sys.stderr)
+        if len(ids) > context.T:
+            print(f"note: the prompt has {len(ids):,} tokens, the model sees the last "
+                  f"{context.T:,}", file=sys.stderr)
+        context.add(torch.tensor(ids).expand(n, -1))
+        columns = generate(context, args.max_new_tokens, generators, tokenizer.size, tokenizer.stop,
+                           args.min_new_tokens, **choice)
+        show(columns, tokenizer.decode, heads)
+
+    if args.interactive:
+        def follow(line):
+            # Behind a text, a line begins with a line break, as it does on the screen.
+            answer("\n" * bool(context.ids.numel()) + line, [""])
+
+        return interact(args.prompt, follow)
+    prompt = (args.prompt or "").encode(errors="replace").decode()
+    heads = [prompt]
+    if n > 1:
+        heads = [f"--- sample {i + 1} of {n} ---\n{prompt}" for i in range(n)]
+    answer(args.prompt, heads)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
-    main()
+    for stream in filter(None, (sys.stdin, sys.stdout)):
+        stream.reconfigure(errors="replace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read has had enough: nothing is left for the interpreter to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -25,6 +25,18 @@ BYTE_VOCAB = 256            # its tokens are the bytes
 # bytes; no tokenizer's token spells as many (GPT-2's longest: 128)
 LONGEST_TOKEN = 1024
 
+# {tokenizer of data/text.py: sizes of its vocabulary, from bare to padded}
+TOKENIZERS = {
+    "bytes": range(256, 257),
+    "gpt2": range(GPT2_VOCAB, 50_304 + 1),
+    "qwen": range(151_643, 151_936 + 1),
+}
+
+
+def tokenizer_of(vocab: int) -> str | None:
+    """Which tokenizer made shards of this vocabulary; None: one of your own."""
+    return next((name for name, sizes in TOKENIZERS.items() if vocab in sizes), None)
+
 
 def open_shard(path: str):
     """path -> (memmapped tokens, vocabulary size). Any defect is SystemExit with one line.

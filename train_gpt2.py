@@ -46,7 +46,7 @@ from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
 from flags import LARGEST_STEP, check_number, check_words, make_parser
 from kernels import BACKENDS, linear_cross_entropy, softcap
-from log import TRACKERS, Log
+from log import TRACKERS, Log, per_byte
 from machine import (DEVICES, PRECISIONS, checksum, device_name, device_peak_flops, environment,
                      first_line, graph_breaks, has_bf16, is_out_of_memory, join_processes,
                      peak_memory, pick_device, pick_precision, process_numbers)
@@ -55,7 +55,7 @@ from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNo
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
                    PrePostNorm, ReLU2, SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm,
                    recompute_block, recompute_high_rank)
-from shards import bytes_a_token, open_data
+from shards import bytes_a_token, open_data, tokenizer_of
 
 ROOT = Path(__file__).resolve().parent
 
@@ -370,6 +370,13 @@ class Block(nn.Module):
         seen = (view,) if hasattr(self.mixer, "view") else ()
         return self.rest(x, self.mixer(h, v1, *seen))
 
+    def prefill(self, x: Tensor, v1: Tensor | None = None, view=None):
+        """A prompt: forward's output, and the mixer's state behind it."""
+        x, h = self.norm.mixer(x)
+        seen = (view,) if hasattr(self.mixer, "view") else ()
+        y, state = self.mixer.prefill(h, v1, *seen)
+        return self.rest(x, y), state
+
     def step(self, x: Tensor, state, v1: Tensor | None = None, *docs: Tensor):
         """One token, (B, C) and the mixer's state -> (B, C), the next state."""
         x, h = self.norm.mixer(x)
@@ -472,8 +479,17 @@ class GPT(nn.Module):
         return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        at, view, _ = self.sight(idx)
+        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, view))
+        if targets is None:
+            return self.logits(h)
+        return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight),
+                                    targets.flatten(), self.cfg.logit_softcap, self.cfg.vocab_size)
+
+    def sight(self, idx: Tensor):
+        """-> the tokens' positions, what they see, where their documents start: (B, T) or None."""
         T = idx.size(1)
-        begin = None                                 # where a token's document starts, (B, T)
+        begin = None
         at = slice(T)
         if self.mask_documents:
             t = torch.arange(T, device=idx.device)
@@ -484,19 +500,29 @@ class GPT(nn.Module):
             # One for all layers: to make it inside a recomputed block would break the graph.
             viewer = next(block.mixer for block in self.blocks if hasattr(block.mixer, "view"))
             view = viewer.view(T, begin, idx.device)
-        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, view))
-        if targets is None:
-            return self.logits(h)
-        return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight),
-                                    targets.flatten(), self.cfg.logit_softcap, self.cfg.vocab_size)
+        return at, view, begin
 
     def init_state(self, B: int):
         """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
         begin = self.head.weight.new_zeros(B, dtype=torch.long)
         return [block.mixer.init_state(B) for block in self.blocks], 0, begin
 
+    def prefill(self, idx: Tensor):
+        """A prompt, idx (B, T), T >= 1 -> the logits behind it (B, V), the state behind it."""
+        at, view, begin = self.sight(idx)
+        states = []
+
+        def run(i, x, v1):
+            x, state = self.blocks[i].prefill(x, v1, view)
+            states.append(state)
+            return x
+
+        h = self.trunk(idx, at, run)
+        begin = torch.zeros_like(idx[:, 0]) if begin is None else begin[:, -1]
+        return self.logits(h[:, -1:])[:, 0], (states, idx.size(1), begin)
+
     def step(self, idx: Tensor, state):
-        """One token, idx (B,) -> logits (B, V), the next state.
+        """One token, idx (B,) -> logits (B, V), the next state; the old one is used up.
 
         The same numbers as forward's column t, at the cost of one column.
         """
@@ -1236,14 +1262,6 @@ def hit_rate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     return hits / (targets >= 0).sum()
 
 
-def per_byte(loss: float, text_bytes: float | None) -> dict[str, float]:
-    """A loss in nats per token, in bits; nothing where nobody counted the text's bytes.
-
-    text_bytes: of the text, a token.
-    """
-    return {"bits_per_byte": loss / math.log(2) / text_bytes} if text_bytes else {}
-
-
 def new_model(cfg: Config, device: torch.device) -> GPT:
     """GPT on a device, weights drawn on the CPU: a seed means the same everywhere.
 
@@ -1487,6 +1505,7 @@ def train(cfg: Config, signals) -> float | None:
                 checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
                 checkpoint.write(log.dir / checkpoint.LAST, dict(
                     model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
+                    tokenizer=tokenizer_of(vocab),
                     optimizers=[opt.state_dict() for opt in optimizers], random=random, data=data))
                 watch.saved = step
             if best:

@@ -165,18 +165,18 @@ def bpe_codec(encoding, normal=str):
 
     def encode(texts):
         return encoding.encode_ordinary_batch([*map(normal, texts)], num_threads=threads)
-    return encode, encoding.decode, sizes
+    return encode, encoding.decode_bytes, sizes
 
 
 def bytes_codec():
     def encode(texts):
         return [np.frombuffer(text.encode("utf-8", "replace"), np.uint8) for text in texts]
-    return encode, lambda tokens: bytes(tokens).decode(errors="replace"), np.ones(256, int)
+    return encode, bytes, np.ones(256, int)
 
 
 # Qwen's sizes: Qwen2.5 counts 151,665, Qwen3 four more, and their models are padded to 151,936,
 # which may be sampled. name: (vocabulary size, tokens that start a document, file of ranks or
-# None -> (texts -> token lists, tokens -> text, bytes of text that each token spells))
+# None -> (texts -> token lists, tokens -> UTF-8, bytes of text that each token spells))
 TOKENIZERS = {
     "gpt2": (50257, [50256], lambda _: bpe_codec(gpt2_encoding())),
     # any value may be a byte of the text: none is left for the start

@@ -304,10 +304,11 @@ def test_qwen_agrees_with_a_naive_bpe(qwen):
     got = encode(texts)
     for text, tokens in zip(texts, got):
         assert tokens == naive_bpe(text, ranks), ascii(text)
-        assert decode(tokens) == unicodedata.normalize("NFC", text)
-        assert spelled[tokens].sum() == len(unicodedata.normalize("NFC", text).encode())
+        normal = unicodedata.normalize("NFC", text).encode()
+        assert decode(tokens) == normal
+        assert spelled[tokens].sum() == len(normal)
     assert sum(map(len, got)) < 0.7 * sum(len(t.encode()) for t in texts), "the merges are not used"
-    assert decode([151_643, 151_935]) == "<|endoftext|><|151935|>"
+    assert decode([151_643, 151_935]) == b"<|endoftext|><|151935|>"
 
 
 def test_qwen_shards(qwen, tmp_path, monkeypatch):
@@ -417,16 +418,21 @@ def test_qwen_from_the_hub(hub, synthetic, qwen, tmp_path):
 
 def test_sample_finds_the_tokenizer_of_a_vocabulary(qwen):
     import sample
-    for vocab, ranks in ((256, None), (50257, None), (151_665, qwen[0])):
-        encode, decode = sample.codec(vocab, ranks)
-        ids = encode("Zw\u00f6lf e\u0301<|endoftext|>")
-        assert {type(i) for i in ids} == {int} and max(ids) < 50256
-        assert unicodedata.normalize("NFC", decode(ids)) == "Zw\u00f6lf \u00e9<|endoftext|>"
-    with pytest.raises(SystemExit, match="no tokenizer for a vocabulary of 300 tokens.*qwen"):
-        sample.codec(300)
+    # what an older checkpoint has: None
+    for name, vocab, ranks, stop in ((None, 256, None, None), (None, 50257, None, 50256),
+                                     ("bytes", 50304, None, None), ("gpt2", 60000, None, 50256),
+                                     (None, 151_665, qwen[0], 151_643)):
+        tokenizer = sample.make_tokenizer(name, vocab, ranks)
+        ids = tokenizer.encode("Zw\u00f6lf e\u0301<|endoftext|>")
+        assert {type(i) for i in ids} == {int} and max(ids) < 50256 and tokenizer.stop == stop
+        text = tokenizer.decode(ids).decode()
+        assert unicodedata.normalize("NFC", text) == "Zw\u00f6lf \u00e9<|endoftext|>"
+    for name, vocab in ((None, 300), ("mine", 256), (["bytes"], 256), ("gpt2", 256)):
+        with pytest.raises(SystemExit, match=f"no tokenizer .* vocabulary of {vocab} tokens.*qwen"):
+            sample.make_tokenizer(name, vocab)
     # the padded size is Qwen's too
     with pytest.raises(SystemExit, match="cannot read .*missing"):
-        sample.codec(151_936, qwen[0].with_name("missing"))
+        sample.make_tokenizer(None, 151_936, qwen[0].with_name("missing"))
 
 
 # ---------------------------------------------------------------- text.py: refusals

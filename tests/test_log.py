@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import log
-from log import METRICS, Log, short
+from log import METRICS, Log, per_byte, short
 from shards import bytes_a_token, open_shards
 from tests.runs import checkpoint_loss, steps, train, weights
-from train_gpt2 import GPT, Config, Watch, Windows, main, per_byte, place, rate_share
+from train_gpt2 import GPT, Config, Watch, Windows, main, place, rate_share
 
 
 def metrics(folder):

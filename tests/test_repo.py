@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPS = {"train_gpt2.py": 1630, "parts.py": 380, "kernels.py": 420}  # lines
+CAPS = {"train_gpt2.py": 1640, "parts.py": 385, "kernels.py": 420, "fftnet.py": 295}  # lines
 OTHERS = 280
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
 PAGES = [
