@@ -92,9 +92,9 @@ def test_the_embedded_run_from_check_to_sample(script, tmp_path):
     assert "final val_loss:" in done.stdout and "a sample" in done.stdout
     log, = tmp_path.glob("*/log.txt")
     # By what was built, as the trainer names it, and the script's process.
-    mixers = json.loads(re.search(r"\n=== config\n(.*)\n", log.read_text())[1])["mixer"]
+    mixers = json.loads(re.search(r"=== config\n(.*)\n", log.read_text())[1])["mixer"]
     assert re.fullmatch(rf"\d{{8}}T\d{{6}}_{mixers.replace(',', '-')}_s0_\d+", log.parent.name)
-    assert done.stderr.endswith(f"checkpoint: {log.parent}/model.pt\n")
+    assert f"\ncheckpoint: {log.parent}/model.pt, step 2, val_loss " in done.stderr
 
 
 def test_the_baseline_is_the_public_one(race):
@@ -277,8 +277,9 @@ def test_paths_are_the_callers(tmp_path):
                "--input_bin", "my/tr*.bin", "--input_val_bin", "my/val.bin", cwd=tmp_path)
     assert done.returncode == 0 and "a sample:" in done.stdout, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"my", "numpy.py", "out", "torch"}
-    assert {path.name for path in (tmp_path / "out/mine").iterdir()} == {"best.pt", "log.txt", "model.pt"}
-    assert done.stderr.endswith("checkpoint: out/mine/model.pt\n")
+    assert {path.name for path in (tmp_path / "out/mine").glob("*.*t")} == {
+        "best.pt", "log.txt", "model.pt", "test_metrics.txt"}
+    assert "\ncheckpoint: out/mine/model.pt, step 1, val_loss " in done.stderr
     assert "=== config\n" in (text := (tmp_path / "out/mine/log.txt").read_text())
     assert '"my/train.bin"' in text and str(ROOT) in done.stderr
 
