@@ -34,7 +34,7 @@ from typing import NamedTuple
 from table import ENV, ROOT, SEED, logs, read, variant
 
 VALIDATION = re.compile(r"^step:([1-9]\d*)/\d+ val_loss:(\S+) train_time:(\d+)ms", re.MULTILINE)
-STEP = re.compile(r"steps of ([\d,]+) tokens")
+STEP = re.compile(r"(?:steps|minutes) of ([\d,]+) tokens")
 PICTURE = re.compile(r"<!-- picture: (.*?) -->")
 COLOURS = "#1279DF", "#D7480B", "#078B5A", "#CA4793", "#A46F04", "#915FD7"
 GREY = "#727A84"
