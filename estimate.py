@@ -193,12 +193,17 @@ def report(cfg, model, roles, memory: str, device: torch.device, data, vocab: in
     product = (f"{cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
                f"{cfg.grad_accumulation_steps}")
 
+    length = f"{tokens:,} in {cfg.num_iterations:,} steps"
+    if cfg.minutes:
+        length = f"as many as {cfg.minutes:g} minutes of training take"
+        data = None
+
     lines = [
         ("model", f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} channels, vocabulary "
                   f"{cfg.vocab_size:,}; mixer {cfg.mixer}, mlp {cfg.mlp}, optim {cfg.optim}"),
         ("parameters", f"{sum(count.values()):,} ({by_role})"),
         ("tokens a step", product if step == cfg.tokens_per_step else f"{step:,} of {product}"),
-        ("tokens", f"{tokens:,} in {cfg.num_iterations:,} steps"),
+        ("tokens", length),
     ]
     if is_available(device.type):
         lines.insert(0, ("device", device_name(device)))
@@ -207,5 +212,6 @@ def report(cfg, model, roles, memory: str, device: torch.device, data, vocab: in
         lines.append(("data", f"{data}: {epochs:.2f} epochs"))
     lines.append(("FLOPs a token", f"{flops:,} (training: forward and backward)"))
     lines.append(("memory", memory))
-    lines += [("time", text) for text in time_estimates(tokens, flops, device, cfg.peak_flops)]
+    if not cfg.minutes:
+        lines += [("time", text) for text in time_estimates(tokens, flops, device, cfg.peak_flops)]
     return "\n".join(f"{key:14} {text}" for key, text in lines)

@@ -176,3 +176,10 @@ def test_a_long_sequence_is_counted_from_shorter_ones(knobs, monkeypatch):
     monkeypatch.setattr(estimate, "SHORTER", 128)
     told = count_activations(partial(GPT, cfg), (2, 1024), torch.float32)
     assert told == pytest.approx(direct, rel=0.05) and told[0] == pytest.approx(direct[0], rel=0.01)
+
+
+def test_a_run_by_the_clock_has_no_number_of_tokens(capsys):
+    main(Config(minutes=5, estimate=True))
+    told = capsys.readouterr().out
+    assert "as many as 5 minutes of training take" in told
+    assert " steps" not in told and "\ntime" not in told
