@@ -1537,12 +1537,9 @@ def train(cfg: Config, signals) -> float | None:
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
             bits = per_byte(val_loss, text_bytes)
-            say(f"step:{step}/{steps_in_all} val_loss:{val_loss:.4f} "
-                f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(1, step):.2f}ms"
-                + "".join(f" {name}:{value:.4f}" for name, value in bits.items()))
             if log:
-                log.measure(step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss,
-                            **bits)
+                log.step(steps_in_all, "".join(f" {k}:{v:.4f}" for k, v in bits.items()),
+                         step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss, **bits)
                 log.draw()
             if not math.isfinite(val_loss):
                 refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
@@ -1584,25 +1581,20 @@ def train(cfg: Config, signals) -> float | None:
 
         # Tell
         logged = (step + 1) % cfg.train_loss_every == 0
-        if logged or log and log.wants_progress():
+        if log and (logged or log.wants_progress()):
             seconds = clock.stop()
             train_loss = float(train_loss)
             clock.start()
             rate = at["tokens"] / seconds
-            size = watch.gradient_norm()
             if logged:
-                text = (f"step:{step + 1}/{steps_in_all} train_loss:{train_loss:.4f} "
-                        f"train_time:{1e3 * seconds:.0f}ms "
-                        f"step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f} "
-                        f"grad_norm:{size:.3f}")
+                size = watch.gradient_norm()
+                text = f" tok/s:{rate:.0f} grad_norm:{size:.3f}"
                 if peak_flops:
                     text += f" mfu:{rate * flops / peak_flops / world:.3f}"
-                say(text)
-            if log and logged:
-                log.measure(step=step + 1, tokens=at["tokens"], seconds=seconds,
-                            train_loss=train_loss, gradient_norm=size, tokens_per_second=rate,
-                            learning_rate=rate_share(where, cfg) * cfg.learning_rate)
-            if log and log.tty:
+                log.step(steps_in_all, text, step=step + 1, tokens=at["tokens"], seconds=seconds,
+                         train_loss=train_loss, gradient_norm=size, tokens_per_second=rate,
+                         learning_rate=rate_share(where, cfg) * cfg.learning_rate)
+            if log.tty:
                 left = seconds / (step + 1) * (steps_in_all - step - 1)
                 log.progress(step + 1, steps_in_all, train_loss, rate, left)
     steps.close()
@@ -1624,8 +1616,6 @@ def train(cfg: Config, signals) -> float | None:
     if log:
         log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
                        **bits))
-    if log and sys.stdout:
-        log.put(f"log and checkpoint: {log.dir}", sys.stdout, "stdout")
     if world > 1:
         dist.destroy_process_group()
     if log and watch.saved != step:
