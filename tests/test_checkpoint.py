@@ -261,12 +261,12 @@ def test_what_nohup_ignores_stays_ignored(signals):
     assert signals.caught == 0
 
 
-def two_processes(knobs):
+def two_processes(knobs, *flags_of_torchrun):
     """torchrun on its way, with one restart."""
     flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
              for name, value in knobs.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--max-restarts=1", "train_gpt2.py", *flags]
+               "--max-restarts=1", *flags_of_torchrun, "train_gpt2.py", *flags]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"),
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -294,12 +294,16 @@ def never_stopped_pair(shards, tmp_path_factory):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signals of POSIX")
 def test_a_signal_to_torchrun_ends_both_processes_saved(shards, tmp_path, never_stopped_pair):
-    """SIGTERM, then SIGINT to what goes on: as if nothing had been."""
+    """SIGTERM, then SIGINT to what goes on, then a warning: as if nothing had been.
+
+    torchrun itself dies of SIGUSR1 unless it is asked to pass it on, and leaves its processes.
+    """
     folder = tmp_path / "run"
     knobs = TRAIN | shards | PAIR | dict(save_every=0, val_loss_every=0, resume="auto",
                                          output_dir=tmp_path)
-    for name, step in (("SIGTERM", 5), ("SIGINT", 25)):
-        victim = two_processes(knobs)
+    passed_on = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"
+    for name, step in (("SIGTERM", 5), ("SIGINT", 20), ("SIGUSR1", 35)):
+        victim = two_processes(knobs, passed_on)
         wait_for(has_told, folder, f"\nstep:{step}/")
         victim.send_signal(getattr(signal, name))
         errors = victim.communicate(timeout=120)[1]
@@ -307,7 +311,7 @@ def test_a_signal_to_torchrun_ends_both_processes_saved(shards, tmp_path, never_
         assert victim.returncode == 1 and errors.count("Traceback") == 1, errors
         assert f"\nstopped by {name} after step {weights(folder)['step']}, " in told(folder)
     assert two_processes(knobs).wait(timeout=120) == 0
-    assert told(folder).count("\ngoes on from step ") == 2
+    assert told(folder).count("\ngoes on from step ") == 3
     exact(never_stopped_pair, folder)
 
 
