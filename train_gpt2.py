@@ -48,8 +48,8 @@ from flags import LARGEST_STEP, check_number, check_words, make_parser
 from kernels import BACKENDS, linear_cross_entropy, softcap
 from log import TRACKERS, Log, per_byte
 from machine import (DEVICES, PRECISIONS, checksum, device_name, device_peak_flops, environment,
-                     first_line, graph_breaks, has_bf16, is_out_of_memory, join_processes,
-                     peak_memory, pick_device, pick_precision, process_numbers)
+                     first_line, graph_breaks, has_bf16, host_memory, is_out_of_memory,
+                     join_processes, peak_memory, pick_device, pick_precision, process_numbers)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
@@ -1265,14 +1265,21 @@ def hit_rate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 def new_model(cfg: Config, device: torch.device) -> GPT:
     """GPT on a device, weights drawn on the CPU: a seed means the same everywhere.
 
-    On the meta device it has no weights. SystemExit with one line for sizes that a part refuses.
+    On the meta device it has no weights. SystemExit with one line for sizes that a part refuses, or
+    that the machine cannot hold, where it would otherwise fill up until the system kills.
     """
-    draw_on = "meta" if device.type == "meta" else "cpu"
     try:
-        with torch.device(draw_on):
+        with torch.device("meta"):
             model = GPT(cfg)
         check_rates(cfg, roles(model))
-        return model.to(device)
+        if device.type == "meta":
+            return model
+        # Gradients, too, where they are in the same memory.
+        copies = 1 if device.type == "cuda" else 2
+        if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
+            raise MemoryError
+        with torch.device("cpu"):
+            return GPT(cfg).to(device)
     except ValueError as e:
         raise SystemExit(str(e)) from None
     except (MemoryError, RuntimeError) as e:

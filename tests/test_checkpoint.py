@@ -141,6 +141,18 @@ def test_what_differs_is_named(shards, tmp_path):
     assert fresh != folder and "nothing to go on from fits" in (fresh / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("knobs, words", [
+    (dict(n_layer=3), "no other model"), (dict(n_embd=64), "no other model"),
+    (dict(optim="muon"), "holds another optimizer's state"),
+])
+def test_another_model_or_optimizer_cannot_go_on_anyway(shards, tmp_path, knobs, words):
+    _, folder = run(tmp_path, **shards)
+    before = (folder / "model.pt").read_bytes()
+    with pytest.raises(SystemExit, match=words) as e:
+        main(Config(**TRAIN | shards | knobs | dict(resume=str(folder), resume_anyway=True)))
+    assert "\n" not in e.value.code and (folder / "model.pt").read_bytes() == before
+
+
 def test_a_field_that_the_checkpoint_lacks_is_named(shards, tmp_path):
     """What it was then is not known: today's default may be another."""
     _, folder = run(tmp_path, **shards)
@@ -589,6 +601,21 @@ def test_out_of_memory_cuts_micro_batches(shards, tmp_path, monkeypatch, batches
     cut, folder = run(tmp_path / "cut", **knobs)
     assert cut == pytest.approx(loss, abs=1e-5)
     assert (folder / "log.txt").read_text().count("note: out of memory") >= 2
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_a_weight_is_drawn(shards, tmp_path,
+                                                                             monkeypatch):
+    """Linux hands out more than there is, and kills whoever fills it."""
+    def __init__(self, cfg):
+        assert torch.get_default_device().type == "meta"
+        real(self, cfg)
+
+    real = GPT.__init__
+    monkeypatch.setattr(GPT, "__init__", __init__)
+    monkeypatch.setattr(train_gpt2, "host_memory", lambda: 200_000)
+    with pytest.raises(SystemExit, match="does not fit into this machine's memory"):
+        run(tmp_path, **shards)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_row_that_does_not_fit_is_one_line(shards, tmp_path, monkeypatch):
