@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,16 +68,12 @@ def tensors_in(value):
 
 def sync_folder(folder: Path):
     """Force a rename to the disk, where the system lets folders be opened."""
-    try:
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def bad_weights(weights: dict) -> str:
@@ -135,9 +132,7 @@ def read(path, mmap: bool = False) -> dict:
         # Neither zipfile nor torch.load has one error for a cut, damaged, foreign or evil file.
         raise SystemExit(f"{path}: cut off, damaged or not a checkpoint of this code "
                          f"({first_line(e)})") from None
-    missing = {"model", "config", "step"}
-    if isinstance(state, dict):
-        missing -= state.keys()
+    missing = {"model", "config", "step"}.difference(state if isinstance(state, dict) else ())
     if missing:
         raise SystemExit(f"{path}: not a checkpoint of this code (it has no {min(missing)})")
     return state
@@ -199,6 +194,8 @@ def resumed(cfg, data, rank: int):
     if "optimizers" not in state:
         raise SystemExit(f"{path}: holds weights only, a run cannot go on from it")
     others = differences(state, cfg, data)
+    if cfg.resume_anyway and state["config"].get("optim") != cfg.optim:
+        raise SystemExit(f"{path}: holds another optimizer's state: --resume_anyway takes no other")
     if others and not cfg.resume_anyway:
         raise SystemExit(f"{path}: another run: {'; '.join(others[:4])}: give its own flags, or "
                          "--resume_anyway")
@@ -221,7 +218,10 @@ def random_state(device: torch.device) -> list:
 
 def restore(state: dict, model, optimizers, device: torch.device, rank: int, world: int):
     """Weights, optimizers and random numbers as they were. The groups' rates are cfg's own."""
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise SystemExit("--resume_anyway takes no other model than the checkpoint's") from None
     for opt, saved in zip(optimizers, state["optimizers"], strict=True):
         own = [dict(group) for group in opt.param_groups]
         opt.load_state_dict(saved)

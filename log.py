@@ -119,8 +119,20 @@ class Log:
         if sys.stdout:
             self.put(("\r\033[K" if self.tty else "") + line, sys.stdout, "stdout")
 
+    def step(self, steps: int, end: str, **values):
+        """The line of a step out of `steps`, which ends in `end`, and its row of metrics.csv.
+
+        values: some of METRICS, one loss among them.
+        """
+        step = values["step"]
+        name = "val_loss" if "val_loss" in values else "train_loss"
+        ms = 1e3 * values["seconds"]
+        self(f"step:{step}/{steps} {name}:{values[name]:.4f} train_time:{ms:.0f}ms "
+             f"step_avg:{ms / max(1, step):.2f}ms{end}")
+        self.measure(**values)
+
     def measure(self, **values):
-        """One row of metrics.csv, some of METRICS, and the same for the trackers."""
+        """One row of metrics.csv, and the same for the trackers."""
         texts = {name: f"{value:.7g}" if isinstance(value, float) else str(value)
                  for name, value in values.items()}
         row = {name: texts.get(name, "") for name in METRICS}
@@ -135,11 +147,13 @@ class Log:
             self.attempt("loss.png", draw, self.rows, self.dir)
 
     def close(self, results: dict):
-        """test_metrics.txt, a result a line, and the trackers' last words."""
+        """test_metrics.txt, a result a line; the trackers' last words, and the terminal's."""
         text = "".join(f"{name} {value:.6g}\n" for name, value in results.items())
         self.attempt("test_metrics.txt", (self.dir / "test_metrics.txt").write_text, text)
         for name, tracker in self.trackers.items():
             self.attempt(name, tracker.close)
+        if sys.stdout:
+            self.put(f"log and checkpoint: {self.dir}", sys.stdout, "stdout")
 
     def wants_progress(self) -> bool:
         return self.tty and time.perf_counter() - self.shown > 1

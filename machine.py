@@ -1,5 +1,6 @@
 """The machine: devices, precision, processes, memory, and what a log says of all."""
 import hashlib
+import math
 import os
 import platform
 import subprocess
@@ -156,6 +157,14 @@ def device_peak_flops(device: torch.device, told: float = 0.0) -> float | None:
     if told:
         return 1e12 * told
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def host_memory() -> float:
+    """Bytes that the machine has; inf where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def peak_memory(device: torch.device) -> str:

@@ -48,8 +48,8 @@ from flags import LARGEST_STEP, check_number, check_words, make_parser
 from kernels import BACKENDS, linear_cross_entropy, softcap
 from log import TRACKERS, Log, per_byte
 from machine import (DEVICES, PRECISIONS, checksum, device_name, device_peak_flops, environment,
-                     first_line, graph_breaks, has_bf16, is_out_of_memory, join_processes,
-                     peak_memory, pick_device, pick_precision, process_numbers)
+                     first_line, graph_breaks, has_bf16, host_memory, is_out_of_memory,
+                     join_processes, peak_memory, pick_device, pick_precision, process_numbers)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoPositions, PolyNormMLP, PreNorm,
@@ -1265,14 +1265,21 @@ def hit_rate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 def new_model(cfg: Config, device: torch.device) -> GPT:
     """GPT on a device, weights drawn on the CPU: a seed means the same everywhere.
 
-    On the meta device it has no weights. SystemExit with one line for sizes that a part refuses.
+    On the meta device it has no weights. SystemExit with one line for sizes that a part refuses, or
+    that the machine cannot hold, where it would otherwise fill up until the system kills.
     """
-    draw_on = "meta" if device.type == "meta" else "cpu"
     try:
-        with torch.device(draw_on):
+        with torch.device("meta"):
             model = GPT(cfg)
         check_rates(cfg, roles(model))
-        return model.to(device)
+        if device.type == "meta":
+            return model
+        # Gradients, too, where they are in the same memory.
+        copies = 1 if device.type == "cuda" else 2
+        if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
+            raise MemoryError
+        with torch.device("cpu"):
+            return GPT(cfg).to(device)
     except ValueError as e:
         raise SystemExit(str(e)) from None
     except (MemoryError, RuntimeError) as e:
@@ -1537,12 +1544,9 @@ def train(cfg: Config, signals) -> float | None:
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
             bits = per_byte(val_loss, text_bytes)
-            say(f"step:{step}/{steps_in_all} val_loss:{val_loss:.4f} "
-                f"train_time:{1e3 * seconds:.0f}ms step_avg:{1e3 * seconds / max(1, step):.2f}ms"
-                + "".join(f" {name}:{value:.4f}" for name, value in bits.items()))
             if log:
-                log.measure(step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss,
-                            **bits)
+                log.step(steps_in_all, "".join(f" {k}:{v:.4f}" for k, v in bits.items()),
+                         step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss, **bits)
                 log.draw()
             if not math.isfinite(val_loss):
                 refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
@@ -1584,25 +1588,20 @@ def train(cfg: Config, signals) -> float | None:
 
         # Tell
         logged = (step + 1) % cfg.train_loss_every == 0
-        if logged or log and log.wants_progress():
+        if log and (logged or log.wants_progress()):
             seconds = clock.stop()
             train_loss = float(train_loss)
             clock.start()
             rate = at["tokens"] / seconds
-            size = watch.gradient_norm()
             if logged:
-                text = (f"step:{step + 1}/{steps_in_all} train_loss:{train_loss:.4f} "
-                        f"train_time:{1e3 * seconds:.0f}ms "
-                        f"step_avg:{1e3 * seconds / (step + 1):.2f}ms tok/s:{rate:.0f} "
-                        f"grad_norm:{size:.3f}")
+                size = watch.gradient_norm()
+                text = f" tok/s:{rate:.0f} grad_norm:{size:.3f}"
                 if peak_flops:
                     text += f" mfu:{rate * flops / peak_flops / world:.3f}"
-                say(text)
-            if log and logged:
-                log.measure(step=step + 1, tokens=at["tokens"], seconds=seconds,
-                            train_loss=train_loss, gradient_norm=size, tokens_per_second=rate,
-                            learning_rate=rate_share(where, cfg) * cfg.learning_rate)
-            if log and log.tty:
+                log.step(steps_in_all, text, step=step + 1, tokens=at["tokens"], seconds=seconds,
+                         train_loss=train_loss, gradient_norm=size, tokens_per_second=rate,
+                         learning_rate=rate_share(where, cfg) * cfg.learning_rate)
+            if log.tty:
                 left = seconds / (step + 1) * (steps_in_all - step - 1)
                 log.progress(step + 1, steps_in_all, train_loss, rate, left)
     steps.close()
@@ -1624,8 +1623,6 @@ def train(cfg: Config, signals) -> float | None:
     if log:
         log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
                        **bits))
-    if log and sys.stdout:
-        log.put(f"log and checkpoint: {log.dir}", sys.stdout, "stdout")
     if world > 1:
         dist.destroy_process_group()
     if log and watch.saved != step:

@@ -141,6 +141,18 @@ def test_what_differs_is_named(shards, tmp_path):
     assert fresh != folder and "nothing to go on from fits" in (fresh / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("knobs, words", [
+    (dict(n_layer=3), "no other model"), (dict(n_embd=64), "no other model"),
+    (dict(optim="muon"), "holds another optimizer's state"),
+])
+def test_another_model_or_optimizer_cannot_go_on_anyway(shards, tmp_path, knobs, words):
+    _, folder = run(tmp_path, **shards)
+    before = (folder / "model.pt").read_bytes()
+    with pytest.raises(SystemExit, match=words) as e:
+        main(Config(**TRAIN | shards | knobs | dict(resume=str(folder), resume_anyway=True)))
+    assert "\n" not in e.value.code and (folder / "model.pt").read_bytes() == before
+
+
 def test_a_field_that_the_checkpoint_lacks_is_named(shards, tmp_path):
     """What it was then is not known: today's default may be another."""
     _, folder = run(tmp_path, **shards)
@@ -261,12 +273,12 @@ def test_what_nohup_ignores_stays_ignored(signals):
     assert signals.caught == 0
 
 
-def two_processes(knobs):
+def two_processes(knobs, *flags_of_torchrun):
     """torchrun on its way, with one restart."""
     flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
              for name, value in knobs.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--max-restarts=1", "train_gpt2.py", *flags]
+               "--max-restarts=1", *flags_of_torchrun, "train_gpt2.py", *flags]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"),
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -294,12 +306,16 @@ def never_stopped_pair(shards, tmp_path_factory):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signals of POSIX")
 def test_a_signal_to_torchrun_ends_both_processes_saved(shards, tmp_path, never_stopped_pair):
-    """SIGTERM, then SIGINT to what goes on: as if nothing had been."""
+    """SIGTERM, then SIGINT to what goes on, then a warning: as if nothing had been.
+
+    torchrun itself dies of SIGUSR1 unless it is asked to pass it on, and leaves its processes.
+    """
     folder = tmp_path / "run"
     knobs = TRAIN | shards | PAIR | dict(save_every=0, val_loss_every=0, resume="auto",
                                          output_dir=tmp_path)
-    for name, step in (("SIGTERM", 5), ("SIGINT", 25)):
-        victim = two_processes(knobs)
+    passed_on = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"
+    for name, step in (("SIGTERM", 5), ("SIGINT", 20), ("SIGUSR1", 35)):
+        victim = two_processes(knobs, passed_on)
         wait_for(has_told, folder, f"\nstep:{step}/")
         victim.send_signal(getattr(signal, name))
         errors = victim.communicate(timeout=120)[1]
@@ -307,7 +323,7 @@ def test_a_signal_to_torchrun_ends_both_processes_saved(shards, tmp_path, never_
         assert victim.returncode == 1 and errors.count("Traceback") == 1, errors
         assert f"\nstopped by {name} after step {weights(folder)['step']}, " in told(folder)
     assert two_processes(knobs).wait(timeout=120) == 0
-    assert told(folder).count("\ngoes on from step ") == 2
+    assert told(folder).count("\ngoes on from step ") == 3
     exact(never_stopped_pair, folder)
 
 
@@ -585,6 +601,21 @@ def test_out_of_memory_cuts_micro_batches(shards, tmp_path, monkeypatch, batches
     cut, folder = run(tmp_path / "cut", **knobs)
     assert cut == pytest.approx(loss, abs=1e-5)
     assert (folder / "log.txt").read_text().count("note: out of memory") >= 2
+
+
+def test_a_model_larger_than_the_machine_is_refused_before_a_weight_is_drawn(shards, tmp_path,
+                                                                             monkeypatch):
+    """Linux hands out more than there is, and kills whoever fills it."""
+    def __init__(self, cfg):
+        assert torch.get_default_device().type == "meta"
+        real(self, cfg)
+
+    real = GPT.__init__
+    monkeypatch.setattr(GPT, "__init__", __init__)
+    monkeypatch.setattr(train_gpt2, "host_memory", lambda: 200_000)
+    with pytest.raises(SystemExit, match="does not fit into this machine's memory"):
+        run(tmp_path, **shards)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_row_that_does_not_fit_is_one_line(shards, tmp_path, monkeypatch):
