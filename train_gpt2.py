@@ -177,6 +177,7 @@ class Config:
     val_tokens: int = 1_048_576                      # first tokens of the validation shards
     val_batch_size: int = 16                         # sequences
     val_loss_every: int = 125                        # steps; 0: at the end only
+    val_tail_every: int = 0                          # steps, in the last quarter; 0: as elsewhere
     train_loss_every: int = 25                       # steps between train lines in the log
     save_every: int = 250                            # steps between checkpoints; 0: at the end
     keep: int = 1                                    # how many of them; best.pt is kept besides
@@ -1379,8 +1380,7 @@ def change_of_rate(state, cfg: Config) -> str:
 
 
 def average(model: GPT, others, world: int):
-    """All-reduce gradients and other tensors at once; each process has weighed its own by its
-    tokens."""
+    """All-reduce gradients and other tensors at once; processes have weighed theirs by tokens."""
     tensors = [p.grad for p in model.parameters()] + others
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     try:
@@ -1497,8 +1497,7 @@ def train(cfg: Config, signals) -> float | None:
         random = checkpoint.random_state(device)
         if rank:
             return
-        bad = checkpoint.bad_weights(watch.weights)
-        if bad:
+        if bad := checkpoint.bad_weights(watch.weights):
             refuse_numbers(step, bad, watch.saved)
         try:
             if watch.saved != step:
@@ -1525,7 +1524,9 @@ def train(cfg: Config, signals) -> float | None:
             steps_in_all = round(step * cfg.num_iterations / where)
 
         # Save, then validate, outside the clock
-        validates = last or cfg.val_loss_every and step % cfg.val_loss_every == 0
+        tail = where >= 0.75 * cfg.num_iterations
+        val_every = tail and cfg.val_tail_every or cfg.val_loss_every
+        validates = last or val_every and step % val_every == 0
         saves = step > start and (last or cfg.save_every and step % cfg.save_every == 0)
         if validates or saves:
             at["seconds"] = seconds = clock.stop()
