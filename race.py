@@ -43,6 +43,7 @@ COMMON = "data", "input_bin", "input_val_bin", "batches", "val_tokens", "minutes
 ANY = FREE - set(COMMON)
 # Read from the shards where they have these values.
 FROM_SHARDS = {"vocab_size": 0, "document_token": -1}
+GOES_ON = "the same command goes on, finished runs are kept"
 
 
 class Arm(NamedTuple):
@@ -150,7 +151,7 @@ def read_arms(args, shared: list[str]) -> list[Arm]:
 def refuse_other(arm: Arm, rate: float, seed: int, out: Path):
     """SystemExit where the folder of a run holds one of other flags."""
     folder = out / arm.variant(rate) / f"s{seed}"
-    if not (folder / "log.txt").exists():
+    if not (folder / LAST).exists() and not verdict.result(folder):
         return
     there = table.read(folder / "log.txt")[1]
     for name, value in asdict(parse(arm.at(rate, seed, out))).items():
@@ -183,10 +184,8 @@ def tell_cost(arms: list[Arm], args):
         apart = params[arm.name] / params["control"] - 1
         if abs(apart) > 0.02:
             print(f"warning: {arm.name} has {apart:+.1%} parameters against control")
-    runs = {}
-    for arm in arms:
-        others = len({*args.rates} - {arm.rate})
-        runs[arm.name] = args.seeds + others + (args.seeds - 1) * bool(others)
+    others = {arm.name: len({*args.rates} - {arm.rate}) for arm in arms}
+    runs = {name: args.seeds + n + (args.seeds - 1) * bool(n) for name, n in others.items()}
     total = sum(runs[name] * seconds[name] for name in runs)
     print(f"{'at most ' if args.rates else ''}{sum(runs.values())} runs, about {duration(total)} "
           "of training, a guess, and validation and compiling besides", flush=True)
@@ -277,4 +276,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    command.run(main, "race.py", "the same command goes on, finished runs are kept")
+    command.run(main, "race.py", GOES_ON)
