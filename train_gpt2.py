@@ -1454,7 +1454,7 @@ def train(cfg: Config, signals) -> float | None:
         if log:
             log(line)
 
-    length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.num_iterations:,} steps"
+    length = f"{cfg.minutes:g} minutes of steps" if cfg.minutes else f"{cfg.num_iterations:,} steps"
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
         f"{batches.per_step:,} tokens, validated on {val_batches.targets(val_n):,} tokens")
     for line in ramp_notes(cfg):

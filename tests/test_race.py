@@ -193,7 +193,8 @@ def test_a_stopped_race_goes_on(shards, tmp_path, inside, capsys):
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(shards, tmp_path, inside,
                                                               monkeypatch):
-    command = [*ARMS, "--seeds", "1", *text(shards), *FLAGS, "--out", str(tmp_path)]
+    command = [*ARMS, "--seeds", "1", *text(shards), *FLAGS, "--minutes", "0.005",
+               "--out", str(tmp_path), "--record", str(tmp_path / "record")]
     real = race.call
 
     def stop(flags):
@@ -207,8 +208,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(shards, tmp_path,
         patch.setattr(race, "call", stop)
         race.main(command)
     race.main(command)
-    assert verdict.result(tmp_path / "candidate/s0") and names(inside) == ["control/s0",
-                                                                          "candidate/s0"]
+    assert names(inside) == ["control/s0", "candidate/s0"]
+    control, candidate = (verdict.result(tmp_path / f"{name}/s0").curve
+                          for name in ("control", "candidate"))
+    # Equal time, however many steps.
+    assert max(control) > 5 and control[max(control)][1] == pytest.approx(0.3, abs=0.2)
+    assert candidate[max(candidate)][1] == pytest.approx(0.3, abs=0.2)
+    assert "| candidate |" in (tmp_path / "record/README.md").read_text()
 
 
 @pytest.mark.parametrize("flags, words", [
