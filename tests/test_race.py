@@ -1,8 +1,10 @@
 """A race of two tiny arms end to end: order, numbers against hand values, going on, bad input."""
+import argparse
 import contextlib
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,10 +12,12 @@ import time
 
 import pytest
 
+import bench
 import race
 import train_gpt2
 from data.command import Stopped
 from race import table, verdict
+from scripts import gpu_check
 from tests.runs import TINY
 
 FLAGS = [word for name, value in TINY.items() if name not in ("mixer", "compile", "zero_init")
@@ -150,8 +154,9 @@ def check(monkeypatch, root):
 
 def test_a_diverging_arm_is_one_line_and_the_others_run(shards, tmp_path, inside, capsys):
     record = tmp_path / "record"
-    command = [*ARMS, "--more", "--learning_rate 1e38 --logit_softcap 0", "--seeds", "1", "--target", "0.5",
-               *text(shards), *FLAGS, "--out", str(tmp_path / "out"), "--record", str(record)]
+    command = [*ARMS, "--more", "--learning_rate 1e38 --logit_softcap 0", "--seeds", "1",
+               "--target", "0.5", *text(shards), *FLAGS,
+               "--out", str(tmp_path / "out"), "--record", str(record)]
     with pytest.raises(SystemExit, match="missing: more1 s0: the same command"):
         race.main(command)
     said = capsys.readouterr().out
@@ -215,6 +220,36 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(shards, tmp_path,
     assert max(control) > 5 and control[max(control)][1] == pytest.approx(0.3, abs=0.2)
     assert candidate[max(candidate)][1] == pytest.approx(0.3, abs=0.2)
     assert "| candidate |" in (tmp_path / "record/README.md").read_text()
+
+
+# ---------------- the check of a GPU, whose steps do not run here
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_every_command_of_the_gpu_check_parses(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(gpu_check, "RECIPES", ("run_attn.sh", "run_neollm.sh", "run_fftnet.sh"))
+    args = argparse.Namespace(device="cpu", tiny=tiny)
+    steps = {step.name: step for step in gpu_check.plan(args, tmp_path / "text", tmp_path)}
+    flags = {name: step.command[2:] for name, step in steps.items()}
+    recipes = [train_gpt2.parse(flags[name]) for name in flags if name.startswith("recipe_")]
+    assert [cfg.mixer for cfg in recipes] == ["attn", "gdn,gdn,gdn,fan", "fftnet"]
+    assert {cfg.num_iterations for cfg in recipes} == {3 if tiny else 20}
+    assert recipes[0].n_layer == (4 if tiny else 12) and recipes[0].sequence_length >= 32
+    control, hybrid = (train_gpt2.parse(shlex.split(flags[name][0].removeprefix("--profile=")))
+                       for name in ("profile_control", "profile_hybrid"))
+    assert control.short_conv and hybrid.mixer == "afno,afno,afno,attn"
+    assert control.vocab_size == 50257
+    bench.parse(flags["bench"])
+    arms = race.read_arms(*race.arguments(flags["race"]))
+    assert [arm.cfg.mixer for arm in arms] == ["attn", "attn", "afno,afno,afno,attn"]
+    assert [arm.cfg.optim for arm in arms] == [*["muon" if tiny else "adamw"], "muon", "muon"]
+    assert {arm.cfg.grad_accumulation_steps for arm in arms} == {1}
+    assert sum(step.seconds for step in steps.values() if "recipe" not in step.name) < 540
+
+
+def test_a_step_that_fails_or_hangs_is_noted(tmp_path):
+    ends = [gpu_check.take(gpu_check.Step("step", 1, [sys.executable, "-c", code]), 1, tmp_path)
+            for code in ("print(1)", "raise SystemExit(3)", "import time; time.sleep(60)")]
+    assert ends == ["ok", "failed, exit code 3", "ended after its 1 s"]
 
 
 @pytest.mark.parametrize("flags, words", [

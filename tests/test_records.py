@@ -339,7 +339,7 @@ def test_what_a_picture_shows_is_what_the_logs_say(args):
                 if args.ms:
                     seconds = n * dict(args.ms)[name] / 1e3
                 want.append((n * width / 1e6, seconds, float(loss[9:])))
-            assert points == want and len(want) >= 4
+            assert points == want != []
 
 
 def test_a_picture_draws_its_means_and_its_band():
@@ -376,7 +376,7 @@ def test_every_colour_reads_on_light_and_on_dark_pages():
 def test_pictures_rebuild_and_have_no_background(copy):
     pytest.importorskip("matplotlib")
     from PIL import Image
-    paths = sorted(copy.glob("records/*/curves.png"))
+    paths = sorted(copy.glob("records/**/curves.png"))
     for path in paths:
         path.unlink()
     code, printed, said = run("plot", root=copy)
