@@ -177,6 +177,7 @@ class Config:
     val_tokens: int = 1_048_576                      # first tokens of the validation shards
     val_batch_size: int = 16                         # sequences
     val_loss_every: int = 125                        # steps; 0: at the end only
+    val_tail_every: int = 0                          # steps, in the last quarter; 0: as elsewhere
     train_loss_every: int = 25                       # steps between train lines in the log
     save_every: int = 250                            # steps between checkpoints; 0: at the end
     keep: int = 1                                    # how many of them; best.pt is kept besides
@@ -1386,8 +1387,7 @@ def change_of_rate(state, cfg: Config) -> str:
 
 
 def average(model: GPT, others, world: int):
-    """All-reduce gradients and other tensors at once; each process has weighed its own by its
-    tokens."""
+    """All-reduce gradients and other tensors at once; processes have weighed theirs by tokens."""
     tensors = [p.grad for p in model.parameters()] + others
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     try:
@@ -1461,7 +1461,7 @@ def train(cfg: Config, signals) -> float | None:
         if log:
             log(line)
 
-    length = f"{cfg.minutes:g} minutes" if cfg.minutes else f"{cfg.num_iterations:,} steps"
+    length = f"{cfg.minutes:g} minutes of steps" if cfg.minutes else f"{cfg.num_iterations:,} steps"
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
         f"{batches.per_step:,} tokens, validated on {val_batches.targets(val_n):,} tokens")
     for line in ramp_notes(cfg):
@@ -1504,8 +1504,7 @@ def train(cfg: Config, signals) -> float | None:
         random = checkpoint.random_state(device)
         if rank:
             return
-        bad = checkpoint.bad_weights(watch.weights)
-        if bad:
+        if bad := checkpoint.bad_weights(watch.weights):
             refuse_numbers(step, bad, watch.saved)
         try:
             if watch.saved != step:
@@ -1532,7 +1531,9 @@ def train(cfg: Config, signals) -> float | None:
             steps_in_all = round(step * cfg.num_iterations / where)
 
         # Save, then validate, outside the clock
-        validates = last or cfg.val_loss_every and step % cfg.val_loss_every == 0
+        tail = where >= 0.75 * cfg.num_iterations
+        val_every = tail and cfg.val_tail_every or cfg.val_loss_every
+        validates = last or val_every and step % val_every == 0
         saves = step > start and (last or cfg.save_every and step % cfg.save_every == 0)
         if validates or saves:
             at["seconds"] = seconds = clock.stop()

@@ -237,7 +237,7 @@ def picture(args):
 def pictures():
     """-> the parsed arguments of every record's picture."""
     return [arguments().parse_args([os.path.relpath(page.parent), *shlex.split(found)])
-            for page in sorted(ROOT.glob("records/*/README.md"))
+            for page in sorted(ROOT.glob("records/**/README.md"))
             for found in PICTURE.findall(page.read_text(encoding="utf-8"))]
 
 

@@ -22,7 +22,7 @@ import plot  # noqa: E402
 import table  # noqa: E402
 
 # Of runs: those of speed, memory and faults hold no losses.
-RECORDS = sorted({path.parent for path in ROOT.glob("records/*/*_s[0-9]*.txt")})
+RECORDS = sorted({path.parent for path in ROOT.glob("records/**/*_s[0-9]*.txt")})
 LOGS = sorted(ROOT.glob("records/*/*.txt"))
 HYBRID = "records/2026-11-24_hybrid"
 
@@ -234,9 +234,11 @@ def differences(*names):
 def wrong(page, change=lambda pair: pair):
     """How many differences a page states, and which of them no record near to them has."""
     said, missing = 0, []
-    names = [folder.name for folder in RECORDS]
+    # Below records/: a race may be a part of a record.
+    names = [folder.relative_to(ROOT / "records").as_posix() for folder in RECORDS]
+    own = page.parent.as_posix()
     for block in page.read_text().split("\n\n"):
-        near = [name for name in names if name in block or name == page.parent.name]
+        near = [name for name in names if name in block or own.endswith(f"records/{name}")]
         known = differences(*near)
         for number, _, error in PAIR.findall(block):
             said += 1
@@ -319,13 +321,16 @@ def test_a_picture_is_named_where_it_is_shown():
 @pytest.mark.parametrize("args", PICTURES, ids=lambda args: Path(args.what[0]).name)
 def test_what_a_picture_shows_is_what_the_logs_say(args):
     runs, unit, _ = plot.chosen(args)
-    assert unit == "byte" and len(runs) == len(args.what) - 1
+    assert len(runs) == len(args.what) - 1
     for text in args.what[1:]:
         name, label = text.split("=")
         files = sorted(Path(args.what[0]).glob(f"{name}_s?.txt"))
-        assert len(files) == len(runs[label]) > 1
+        assert len(files) == len(runs[label]) >= 1
         for file, points in zip(files, runs[label]):
-            lines = [line.split() for line in file.read_text().splitlines() if " val_loss:" in line]
+            text = file.read_text()
+            width = int(re.search(r"steps of ([\d,]+) tokens", text)[1].replace(",", ""))
+            assert (unit == "byte") == ('"vocab_size": 256,' in text)
+            lines = [line.split() for line in text.splitlines() if " val_loss:" in line]
             want = []
             for step, loss, ms in [line[:3] for line in lines if line[0][:7] != "step:0/"
                                    and line[0] != "final"]:
@@ -333,8 +338,8 @@ def test_what_a_picture_shows_is_what_the_logs_say(args):
                 seconds = int(ms[11:-2]) / 1e3
                 if args.ms:
                     seconds = n * dict(args.ms)[name] / 1e3
-                want.append((n * 2048 / 1e6, seconds, float(loss[9:])))
-            assert points == want and len(want) >= 4
+                want.append((n * width / 1e6, seconds, float(loss[9:])))
+            assert points == want != []
 
 
 def test_a_picture_draws_its_means_and_its_band():
@@ -371,7 +376,7 @@ def test_every_colour_reads_on_light_and_on_dark_pages():
 def test_pictures_rebuild_and_have_no_background(copy):
     pytest.importorskip("matplotlib")
     from PIL import Image
-    paths = sorted(copy.glob("records/*/curves.png"))
+    paths = sorted(copy.glob("records/**/curves.png"))
     for path in paths:
         path.unlink()
     code, printed, said = run("plot", root=copy)

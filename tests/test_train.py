@@ -93,6 +93,19 @@ def test_log_is_complete(shards, tmp_path):
     assert "val_loss on" not in text.split("\n=== run\n")[1]
 
 
+@pytest.mark.parametrize("every, tail, validated", [
+    (8, 2, [0, 8, 12, 14, 16]),
+    (0, 2, [12, 14, 16]),
+    (6, 0, [0, 6, 12, 16]),
+    (2, 4, [0, 2, 4, 6, 8, 10, 12, 16]),
+])
+def test_the_last_quarter_is_validated_at_its_own_pace(shards, tmp_path, every, tail, validated):
+    _, folder = train(tmp_path, **shards, num_iterations=16, val_loss_every=every,
+                      val_tail_every=tail)
+    lines = map(STEP.fullmatch, (folder / "log.txt").read_text().splitlines())
+    assert [int(m[1]) for m in lines if m and m[3] == "val"] == validated
+
+
 def test_longer_validation_at_the_end(shards, tmp_path):
     _, folder = train(tmp_path, **shards, num_iterations=1, val_tokens=2 * 16)
     assert re.search(
