@@ -31,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import BACKENDS, BLOCK, toeplitz_conv
+from kernels import BACKENDS, BLOCK, NormedProduct, auto_conv, fastest_conv, toeplitz_conv
 from parts import Linear, ShortConv, norm
 
 
@@ -139,13 +139,8 @@ class AFNO(nn.Module):
             raise ValueError(
                 f"afno: {dim} channels do not split into {num_blocks} blocks of kernels of "
                 f"{group_size} channels: change --afno_num_blocks or --afno_group_size")
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(
-                f"afno: no backend {backend!r}: choose from auto, {', '.join(BACKENDS)}")
-        if backend == "auto":
-            # Below a few thousand tokens the quadratic GEMM beats cuFFT, which is fp32 and bound
-            # by memory traffic.
-            backend = "toeplitz" if seq_len <= 2048 else "fft"
+        if backend not in BACKENDS:
+            raise ValueError(f"afno: no backend {backend!r}: choose from {', '.join(BACKENDS)}")
         self.dim = dim
         self.seq_len = seq_len
         self.conv = BACKENDS[backend]
@@ -162,8 +157,14 @@ class AFNO(nn.Module):
         self.proj = linear(dim, dim)
 
     def flops(self, T: int) -> int:
-        """Forward FLOPs a token besides the weight matrices: of Toeplitz GEMMs or two real FFTs."""
-        if self.conv is toeplitz_conv:
+        """Forward FLOPs a token besides the weight matrices: of Toeplitz GEMMs or two real FFTs.
+
+        Where backend auto chooses: for T tokens on the device of the weights; for "meta" a GPU's.
+        """
+        conv = self.conv
+        if conv is auto_conv:
+            conv = fastest_conv(self.D.device.type, T)
+        if conv is toeplitz_conv:
             return (T + BLOCK) * self.dim
         return int(10 * self.dim * math.log2(2 * T))
 
@@ -184,11 +185,10 @@ class AFNO(nn.Module):
         """z (..., 3 C) -> the gate q and the convolution's input u, both (..., C)."""
         q, k, v = z.chunk(3, dim=-1)
         # Normalised, as a product of raw streams can explode.
-        u = norm(k) * norm(v)
-        return q, u.type_as(z)
+        return q, NormedProduct.apply(k, v, 1e-6)
 
     def forward(self, x: Tensor, v1: Tensor | None = None) -> Tensor:
-        q, u = self.gate(self.short_conv(self.qkv(x, v1)))
+        q, u = self.gate(self.short_conv(self.qkv(x), v1))
         return self.out(q, u, self.kernel())
 
     def out(self, q: Tensor, u: Tensor, h: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
     python bench.py gdn                         # the delta rule in chunks, token by token, theirs
     python bench.py mixers --n_embd 512         # every row of MIXERS, as a ratio to attention
+    python bench.py cores --n_embd 768          # AFNO's convolution to attention's kernel, by T
     python bench.py scaling --mixer fftnet,attn # as many tokens in longer rows: linear or not?
     python bench.py compiled --mixer gdn        # by torch.compile and without, in longer rows
     python bench.py models --mixer 'attn;afno'  # whole models, small ones
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from deltanet import gated_delta_rule, gated_delta_rule_naive
+from kernels import BACKENDS
 from machine import device_name, pick_device
 from train_gpt2 import GPT, MIXERS, Config, build
 
@@ -86,6 +88,34 @@ def mixers(args, device):
     """Every row of MIXERS on (batch_size, sequence_length, n_embd); attention is 1.00."""
     rows = sorted(MIXERS, key=lambda row: row != "attn")
     return {row: passes(row, args.batch_size, args.sequence_length, args, device) for row in rows}
+
+
+def cores(args, device):
+    """What mixes tokens, alone, in rows of 256 to sequence_length: attention's kernel is 1.00.
+
+    Causal attention in heads of 64 channels; AFNO's convolution with 16 channels a kernel, as
+    --afno_backend auto has it.
+    """
+    B = args.batch_size
+    C = args.n_embd
+    if C % 64:
+        raise ValueError(f"{C} channels do not split into heads of 64: change --n_embd")
+    contenders = {}
+    T = 256
+    while T <= args.sequence_length:
+        heads = [torch.randn(B, C // 64, T, 64, device=device, requires_grad=True)
+                 for _ in range(3)]
+        u = torch.randn(B, T, C, device=device, requires_grad=True)
+        h = torch.randn(C // 16, T, device=device, requires_grad=True)
+        attention = partial(F.scaled_dot_product_attention, is_causal=True)
+        contenders[f"attention, T {T}"] = partial(input_gradients, attention, heads)
+        contenders[f"afno, T {T}"] = partial(input_gradients, BACKENDS["auto"], [u, h])
+        T *= 2
+    return contenders
+
+
+def input_gradients(function, inputs):
+    return torch.autograd.grad(function(*inputs).sum(), inputs)
 
 
 def scaling(args, device):
@@ -172,8 +202,10 @@ def run_anew(model, idx, every):
         model(idx[:, :t])
 
 
-BENCHES = {"gdn": gdn, "mixers": mixers, "scaling": scaling, "compiled": compiled,
-           "models": models, "decode": decode}
+BENCHES = {"gdn": gdn, "mixers": mixers, "cores": cores, "scaling": scaling,
+           "compiled": compiled, "models": models, "decode": decode}
+# What a contender's time is divided by, where it is not the first row's.
+BASES = {"cores": lambda name: "attention, T " + name.split(" T ")[1]}
 
 
 def measure(contenders, repeats, device):
@@ -238,10 +270,11 @@ def main(argv=None):
           f"H {args.n_head}, {args.repeats} repeats, {args.threads} threads, "
           f"{device_name(device)}, torch {torch.__version__}")
     print(f"{'':26}{'min ms':>10}{'median ms':>11}{'ratio':>9}{'ratio':>9}   "
-          "ratios to the first row, min and median")
+          "ratios to the first row (cores: of that T), min and median")
     times = measure(contenders, args.repeats, device)
-    base = next(iter(times.values()))
+    first = next(iter(times))
     for name, ms in times.items():
+        base = times[BASES.get(args.bench, lambda name: first)(name)]
         least = min(ms)
         median = statistics.median(ms)
         print(f"{name:26}{least:10.1f}{median:11.1f}{least / min(base):9.2f}"

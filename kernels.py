@@ -15,12 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What x is multiplied by matrices in: autocast's dtype where it is on, else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 # --------------------------------------------------------------------------------------------------
 # Cross-entropy of a linear head
 
 def softcap(z: Tensor, cap: float) -> Tensor:
     """cap * tanh(z / cap), which keeps logits within (-cap, cap); cap 0 is off."""
     return cap * torch.tanh(z / cap) if cap else z
+
+
+# exp(-2 cap) must stay a normal number in fp32.
+LARGEST_BOUND = 40.0
 
 
 def cross_entropy_chunk(h: Tensor, W: Tensor, y: Tensor, n: Tensor, cap: float, vocab: int,
@@ -34,20 +44,26 @@ def cross_entropy_chunk(h: Tensor, W: Tensor, y: Tensor, n: Tensor, cap: float, 
     target = y[:, None].clamp(min=0)
     counts = y[:, None] >= 0
 
-    z = softcap((h @ W.T).to(wide), cap)
-    # The soft-cap's slope is taken before the padding is masked: inf would make it NaN.
-    slope = 1 - (z / cap).square() if cap else None
+    # In place where it can be: uncompiled, new memory for the logits is dearer than their passes.
+    z = (h @ W.T).to(wide)
+    if cap:
+        z = z.div_(cap).tanh_().mul_(cap)
+        # Before the padding is masked: inf would make it NaN.
+        slope = torch.addcmul(z.new_ones(()), z, z, value=-cap**-2)
     z[:, vocab:] = -math.inf
-    lse = torch.logsumexp(z, dim=-1, keepdim=True)
-    loss = torch.where(counts, lse - z.gather(1, target), 0).sum() / n
+    # What exp is taken from: a soft-cap's own bound needs no pass for the largest logit.
+    top = cap if 0 < cap <= LARGEST_BOUND else z.amax(dim=-1, keepdim=True)
+    e = (z - top).exp_()
+    s = e.sum(dim=-1, keepdim=True)
+    loss = torch.where(counts, top + s.log() - z.gather(1, target), 0).sum() / n
     if not gradients:
         return loss, None, None
 
     # dloss / dz = softmax(z) - onehot(target). By comparison: a scatter keeps Inductor from fusing.
-    dz = torch.exp(z - lse)
+    dz = e.div_(s)
     dz = torch.where(torch.arange(len(W), device=h.device) == target, dz - 1, dz)
     if cap:
-        dz = dz * slope
+        dz = dz.mul_(slope)
     dz = dz.mul_(counts / n).to(h.dtype)
     return loss, dz @ W, dz.T @ h
 
@@ -114,8 +130,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, h, W, y, cap, vocab, chunk, gradients):
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        dtype = product_dtype(h)
         loss_of = in_compiled_chunks
         if not torch.compiler.is_compiling():
             loss_of = partial(in_chunks, cross_entropy_chunk)
@@ -172,26 +187,73 @@ class SquaredReLU(torch.autograd.Function):
 class DepthwiseCausalConv(torch.autograd.Function):
     """y_t = sum_i w_i x_{t - i}: x (B, T, C), w (width, C), whose last row is lag 0.
 
-    Half the passes over memory of autograd's own backward.
+    more (B, T, c) or None is added to the last c channels of x, without a copy of x. Half the
+    passes over memory of autograd's own backward.
     """
     @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
+    def forward(ctx, x, w, more=None):
+        ctx.save_for_backward(x, w, more)
         y = x * w[-1]
         for lag in range(1, min(len(w), x.size(1))):
             y[:, lag:].addcmul_(x[:, :-lag], w[-1 - lag])
+        if more is not None:
+            c = more.size(2)
+            for lag in range(min(len(w), x.size(1))):
+                y[:, lag:, -c:].addcmul_(more[:, :x.size(1) - lag], w[-1 - lag, -c:])
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w = ctx.saved_tensors
+        x, w, more = ctx.saved_tensors
         dx = dy * w[-1]
-        dw = torch.zeros_like(w)
-        dw[-1] = (dy * x).sum((0, 1))
         for lag in range(1, min(len(w), x.size(1))):
             dx[:, :-lag].addcmul_(dy[:, lag:], w[-1 - lag])
-            dw[-1 - lag] = (dy[:, lag:] * x[:, :-lag]).sum((0, 1))
-        return dx, dw
+        dw = lag_sums(dy, x, len(w))
+        if more is None:
+            return dx, dw, None
+        c = more.size(2)
+        dw[:, -c:] += lag_sums(dy[..., -c:], more, len(w))
+        return dx, dw, dx[..., -c:]
+
+
+def lag_sums(dy: Tensor, x: Tensor, width: int) -> Tensor:
+    """sum_t dy_t x_{t - lag}, dy and x (B, T, C) -> (width, C), lag 0 last.
+
+    The sums have one length, the first tokens apart: Inductor makes one kernel of them.
+    """
+    T = x.size(1)
+    first = min(width - 1, T)
+    sums = x.new_zeros(width, x.size(2))
+    for lag in range(min(width, T)):
+        sums[-1 - lag] = (dy[:, first:] * x[:, first - lag:T - lag]).sum((0, 1))
+        sums[-1 - lag] += (dy[:, lag:first] * x[:, :first - lag]).sum((0, 1))
+    return sums
+
+
+class NormedProduct(torch.autograd.Function):
+    """norm(k) norm(v), RMSNorm over the last dimension: k, v (..., C) -> same, in k's dtype.
+
+    Works in fp32 or wider. Saves k, v and one number a row of each. With u = norm(k) norm(v) the
+    mean of du u over a row serves both gradients: dk = (du norm(v) - mean norm(k)) / rms(k).
+    """
+    @staticmethod
+    def forward(ctx, k, v, eps):
+        wide = torch.promote_types(k.dtype, torch.float32)
+        scales = [(x.to(wide).square().mean(-1, keepdim=True) + eps).rsqrt() for x in (k, v)]
+        ctx.save_for_backward(k, v, *scales)
+        return ((k * scales[0]) * (v * scales[1])).type_as(k)
+
+    @staticmethod
+    def backward(ctx, du):
+        k, v, r, s = ctx.saved_tensors
+        norm_k = k * r
+        norm_v = v * s
+        by_k = du * norm_v
+        by_v = du * norm_k
+        mean = (by_k * norm_k).mean(-1, keepdim=True)
+        dk = torch.addcmul(by_k, mean, norm_k, value=-1).mul_(r)
+        dv = torch.addcmul(by_v, mean, norm_v, value=-1).mul_(s)
+        return dk.type_as(k), dv.type_as(v), None
 
 
 def fft_conv(u: Tensor, h: Tensor) -> Tensor:
@@ -240,6 +302,12 @@ def block_ends(T: int, L: int) -> range:
     return range((T - 1) % L + 1, T + 1, L)
 
 
+def by_place(x: Tensor, L: int) -> Tensor:
+    """(G, T, K) -> (G, L, blocks, K), by the place in a block of L; zeros fill the first block."""
+    blocks = F.pad(x, (0, 0, -x.size(1) % L, 0)).unflatten(1, (-1, L))
+    return blocks.transpose(1, 2).contiguous()
+
+
 class ToeplitzConv(torch.autograd.Function):
     """Causal convolution by GEMMs, u (G, T, K), h (G, T) -> (G, T, K) in u's dtype, in row blocks.
 
@@ -262,15 +330,15 @@ class ToeplitzConv(torch.autograd.Function):
         T = h.size(1)
         L = min(BLOCK, T)
         # The first L columns of M, transposed: those of any later block are a part of them.
-        columns = toeplitz_rows(h, L).flip(1, 2)
-        dR = torch.zeros_like(columns, dtype=torch.promote_types(h.dtype, torch.float32))
-        du = []
-        for end in block_ends(T, L):
-            start = max(0, end - L)
-            size = end - start
-            dR[:, L - size:, T - end:] += dy[:, start:end] @ u[:, :end].mT
-            du.append(columns[:, :size, :T - start] @ dy[:, start:])
-        return torch.cat(du, dim=1), diagonal_sums(dR).type_as(h)
+        columns = F.pad(h, (L - 1, 0)).unfold(1, T, 1).flip(1)
+        du = [columns[:, :end - max(0, end - L), :T - max(0, end - L)] @ dy[:, max(0, end - L):]
+              for end in block_ends(T, L)]
+
+        # Blocks m apart share their part of M: one GEMM sums its gradient over all of them.
+        dy, u = by_place(dy, L), by_place(u, L)
+        N = u.size(2)
+        dR = [dy[:, :, m:].flatten(2) @ u[:, :, :N - m].flatten(2).mT for m in reversed(range(N))]
+        return torch.cat(du, dim=1), diagonal_sums(torch.cat(dR, dim=2))[:, :T]
 
 
 def toeplitz_conv(u: Tensor, h: Tensor) -> Tensor:
@@ -282,7 +350,23 @@ def toeplitz_conv(u: Tensor, h: Tensor) -> Tensor:
     return y.view(G, T, B, C // G).permute(2, 1, 0, 3).reshape(B, T, C)
 
 
-BACKENDS = {"fft": fft_conv, "toeplitz": toeplitz_conv}
+# The least length from which FFTs are faster, forward and backward; on a GPU an estimate: cuFFT is
+# fp32 and bound by memory traffic.
+FFT_FROM = {"cpu": 512}
+FFT_FROM_ELSEWHERE = 2049
+
+
+def fastest_conv(device: str, T: int):
+    """The faster convolution of T tokens on a type of device."""
+    return fft_conv if T >= FFT_FROM.get(device, FFT_FROM_ELSEWHERE) else toeplitz_conv
+
+
+def auto_conv(u: Tensor, h: Tensor) -> Tensor:
+    """The faster of the others, u (B, T, C), h (G, T) -> (B, T, C) in u's dtype."""
+    return fastest_conv(u.device.type, u.size(1))(u, h)
+
+
+BACKENDS = {"auto": auto_conv, "fft": fft_conv, "toeplitz": toeplitz_conv}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -99,8 +99,9 @@ class ShortConv(nn.Module):
         with torch.no_grad():
             self.weight[-1] += 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        return DepthwiseCausalConv.apply(x, self.weight.type_as(x))
+    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+        """more (B, T, c): what is added to the last c channels of x."""
+        return DepthwiseCausalConv.apply(x, self.weight.type_as(x), more)
 
     def init_state(self, B: int) -> Tensor:
         width, C = self.weight.shape

@@ -45,7 +45,7 @@ from estimate import flops_per_token, memory_estimate, report
 from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
 from flags import LARGEST_STEP, check_number, check_words, make_parser
-from kernels import BACKENDS, linear_cross_entropy, softcap
+from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
 from log import TRACKERS, Log, per_byte
 from machine import (DEVICES, PRECISIONS, checksum, device_name, device_peak_flops, environment,
                      first_line, graph_breaks, has_bf16, host_memory, is_out_of_memory,
@@ -452,14 +452,14 @@ class GPT(nn.Module):
                                  "--mixer, or take --batches padded")
 
     def trunk(self, idx: Tensor, at, run) -> Tensor:
-        """(B, T) -> (B, T, C), from embedding to final norm.
+        """(B, T) -> (B, T, C), from embedding to final norm; the stream is as narrow as products.
 
         run(i, x, v1) applies block i: to a sequence in forward, to one token in step.
         """
         x = self.positions(self.embed_scale * self.wte(idx), at)
         if self.cfg.embed_norm:
             x = norm(x)
-        x0 = x
+        x0 = x = x.to(product_dtype(x))
         v1 = self.blocks[0].value(x) if self.v_lambda is not None else None
         L = len(self.blocks)
         skips = []
@@ -1100,7 +1100,7 @@ AXES = {
 
 # {field: the words it may have}
 CHOICES = AXES | {"model": MODELS, "device": DEVICES, "dtype": ("auto", *PRECISIONS),
-                  "afno_backend": ("auto", *BACKENDS), "fan_trig": TRIG,
+                  "afno_backend": BACKENDS, "fan_trig": TRIG,
                   "fftnet_filter": FILTERS, "log": TRACKERS}
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, NoHeadNorm, Rotary
-from kernels import BACKENDS, DepthwiseCausalConv, ToeplitzConv
+from kernels import (BACKENDS, FFT_FROM, DepthwiseCausalConv, NormedProduct, ToeplitzConv,
+                     auto_conv, fastest_conv, fft_conv, toeplitz_conv)
 from parts import ShortConv
 from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
@@ -126,11 +127,47 @@ def test_convolution_equals_its_matrix(conv, T):
         assert apart(a, b) < 1e-12
 
 
+def test_auto_takes_the_faster_backend(monkeypatch):
+    """By the device and the length of what comes in; its FLOPs are those of that backend."""
+    T = FFT_FROM["cpu"]
+    assert fastest_conv("cpu", T - 1) is toeplitz_conv and fastest_conv("cpu", T) is fft_conv
+    assert fastest_conv("cuda", 2048) is toeplitz_conv and fastest_conv("cuda", 4096) is fft_conv
+    monkeypatch.setitem(FFT_FROM, "cpu", 5)
+    for length, conv in ((4, toeplitz_conv), (5, fft_conv)):
+        u, h = torch.randn(1, length, 4), torch.randn(2, length)
+        assert torch.equal(auto_conv(u, h), conv(u, h))
+    auto, toeplitz, fft = (small_afno(row) for row in ("auto", "toeplitz", "fft"))
+    assert auto.flops(4) == toeplitz.flops(4) and auto.flops(5) == fft.flops(5)
+    assert auto.to("meta").flops(9) == toeplitz.flops(9) != fft.flops(9)
+
+
+def test_v1_inside_the_short_convolution():
+    """As added to the values before it, in values and gradients."""
+    x, v1, w, dy = draw(2, 7, 12), draw(2, 7, 4), draw(4, 12), torch.randn(2, 7, 12).double()
+    inside = DepthwiseCausalConv.apply(x, w, v1)
+    before = DepthwiseCausalConv.apply(x + F.pad(v1, (8, 0)), w)
+    assert apart(inside, before) < 1e-12
+    for a, b in zip(*(torch.autograd.grad(y, (x, w, v1), dy) for y in (inside, before))):
+        assert apart(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("knobs", [dict(mixer="afno"), dict(mixer="attn"), ALL_ON], ids=str)
+def test_the_stream_is_as_narrow_as_products(knobs):
+    m, idx, seen = awake(model(**knobs)), tokens(), []
+    m.blocks[-1].register_forward_hook(lambda block, inputs, x: seen.append(x.dtype))
+    m(idx)
+    with torch.autocast("cpu", torch.bfloat16):
+        m(idx)
+    assert seen == [torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("T", [1, 2, 5, 8])
 def test_gradcheck_of_the_handwritten_backwards(T, monkeypatch):
     monkeypatch.setattr("kernels.BLOCK", 3)                    # several blocks at these lengths
     torch.autograd.gradcheck(ToeplitzConv.apply, (draw(3, T, 4), draw(3, T)))
     torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3)))
+    torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3), draw(2, T, 2)))
+    torch.autograd.gradcheck(NormedProduct.apply, (draw(2, T, 3), draw(2, T, 3), 0.1))
     for row in MLPS:
         torch.autograd.gradcheck(build("mlp", row, config(mlp=row), 4).double(), draw(2, T, 4))
 
@@ -406,4 +443,5 @@ def test_the_contract_of_a_mixer(row):
     assert type(m).__doc__ and m(x).shape == x.shape
     # v1 is added to the values: their negative silences all
     if hasattr(m, "value"):
+        m, x = m.double(), x.double()
         assert m(x, -m.value(x)).abs().max() < 1e-5 and m(x).abs().max() > 0.1

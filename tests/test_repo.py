@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPS = {"train_gpt2.py": 1640, "parts.py": 385, "kernels.py": 420, "fftnet.py": 295}  # lines
+# Lines.
+CAPS = {"train_gpt2.py": 1640, "parts.py": 385, "kernels.py": 500, "bench.py": 290,
+        "fftnet.py": 295}
 OTHERS = 280
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
 PAGES = [
