@@ -80,20 +80,24 @@ class Log:
         """Beside those of the run's start where a run goes on with others."""
         sources = "".join(f"=== source {path.name}\n{path.read_text()}\n"
                           for path in own_sources()).encode()
+        packed = gzip.compress(sources, mtime=0)
         kept = sorted(self.dir.glob("sources*.txt.gz"))
-        if any(gzip.decompress(path.read_bytes()) == sources for path in kept):
+        # Not unpacked: one that a full disk or a kill has cut off is no reason to stop.
+        if any(path.read_bytes() == packed for path in kept):
             return
         name = time.strftime("sources_%Y%m%dT%H%M%S.txt.gz", time.gmtime())
         path = self.dir / (name if kept else "sources.txt.gz")
-        path.write_bytes(gzip.compress(sources, mtime=0))
+        path.write_bytes(packed)
 
     def open_metrics(self, step: int):
         """metrics.csv with the rows up to a step: later ones, and its validation, come again."""
         path = self.dir / "metrics.csv"
         if path.is_file():
             with open(path, newline="") as f:
-                self.rows = [row for row in csv.DictReader(f)
-                             if int(row["step"]) < step + (not row["val_loss"])]
+                # A full disk may have cut off the last one.
+                whole = [line for line in f if line.endswith("\n")]
+            self.rows = [row for row in csv.DictReader(whole)
+                         if int(row["step"]) < step + (not row["val_loss"])]
         file = open(path, "w", buffering=1, newline="")
         print(",".join(METRICS), file=file)
         for row in self.rows:

@@ -64,6 +64,24 @@ def test_a_resumed_run_has_each_row_once(shards, tmp_path):
     assert [row["train_loss"] for row in again] == [row["train_loss"] for row in whole]
 
 
+def test_files_that_were_cut_off_end_no_resume(shards, tmp_path):
+    """As a full disk leaves them."""
+    settings = dict(**shards, run_name="it", save_every=2, keep=9)
+    _, folder = train(tmp_path, **settings)
+    whole = metrics(folder)
+    shutil.copy(folder / "model_0000004.pt", folder / "model.pt")
+    sources = (folder / "sources.txt.gz").read_bytes()
+    (folder / "sources.txt.gz").write_bytes(sources[:1000])
+    table = (folder / "metrics.csv").read_text()
+    (folder / "metrics.csv").write_text(table[:table.index("\n4,") + 5])
+    train(tmp_path, **settings, resume=str(folder))
+    again = metrics(folder)
+    assert [row["step"] for row in again] == [row["step"] for row in whole if row["step"] != "4"
+                                              or row["val_loss"]]
+    # whole beside the torn ones
+    assert [path.read_bytes() for path in folder.glob("sources_*.txt.gz")] == [sources]
+
+
 def test_test_metrics(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, val_tokens=10**6)
     said = dict(line.split() for line in (folder / "test_metrics.txt").read_text().splitlines())
