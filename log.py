@@ -3,7 +3,7 @@
     logs/RUN/log.txt          flags, machine, then a line for each step that was asked for
     logs/RUN/sources.txt.gz   every source file that ran: with log.txt, all to run it again
     logs/RUN/metrics.csv      the same numbers, one row a train line or a validation
-    logs/RUN/loss.png         drawn anew at each validation, where matplotlib is installed
+    logs/RUN/loss.png         drawn at each validation, where matplotlib is installed
     logs/RUN/test_metrics.txt the last validation: loss, perplexity, accuracy, bits per byte
 
 Losses are in nats per token. A place that takes no more lines never ends a run.
@@ -151,7 +151,7 @@ class Log:
             self.attempt("loss.png", draw, self.rows, self.dir)
 
     def close(self, results: dict):
-        """test_metrics.txt, a result a line; the trackers' last words, and the terminal's."""
+        """test_metrics.txt, a result a line; the last words of trackers and terminal."""
         text = "".join(f"{name} {value:.6g}\n" for name, value in results.items())
         self.attempt("test_metrics.txt", (self.dir / "test_metrics.txt").write_text, text)
         for name, tracker in self.trackers.items():
@@ -164,7 +164,7 @@ class Log:
 
     def progress(self, step: int, steps: int, loss: float, rate: float, left: float):
         """A line that overwrites itself, on a terminal. rate: tokens a second; left: seconds."""
-        # In the order in which they are left out where the terminal is narrow.
+        # They are left out in this order where the terminal is narrow.
         parts = {
             "rate": f"{short(rate)} tok/s",
             "loss": f"loss {loss:.2f}",

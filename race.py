@@ -171,14 +171,15 @@ def tell_cost(arms: list[Arm], args):
         facts = {}
         for line in said.splitlines():
             facts.setdefault(line[:14].strip(), line[15:])
-        params[arm.name], tokens = (int(facts[key].split()[0].replace(",", ""))
-                                    for key in ("parameters", "tokens"))
-        rate = re.search(r"([\d,]+) tokens/s", facts.get("time", ""))
-        seconds[arm.name] = tokens / int(rate[1].replace(",", "")) if rate else 0
-        length = f"{tokens:,} tokens"
+        params[arm.name] = int(facts["parameters"].split()[0].replace(",", ""))
         if arm.cfg.minutes:
             seconds[arm.name] = 60 * arm.cfg.minutes
             length = f"{arm.cfg.minutes:g} minutes"
+        else:
+            tokens = int(facts["tokens"].split()[0].replace(",", ""))
+            rate = re.search(r"([\d,]+) tokens/s", facts.get("time", ""))
+            seconds[arm.name] = tokens / int(rate[1].replace(",", "")) if rate else 0
+            length = f"{tokens:,} tokens"
         print(f"{arm.name:10} {params[arm.name]:,} parameters, {length}, {facts['memory']}")
     for arm in arms:
         apart = params[arm.name] / params["control"] - 1

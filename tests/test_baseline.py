@@ -32,8 +32,8 @@ BASELINE = dict(
 # What no number of the baseline depends on: paths, machine, rates of roles it has not. Nor does any
 # depend on what only parts read that are not in use.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "model",
-        "device", "peak_flops", "estimate", "log", "minutes", "save_every", "keep", "resume",
-        "resume_anyway", "skip_bad_steps", "train_loss_every", "val_batch_size", "kernel_lr_scale",
+        "device", "peak_flops", "estimate", "log", "minutes", "val_tail_every", "save_every",
+        "keep", "resume", "resume_anyway", "skip_bad_steps", "train_loss_every", "val_batch_size", "kernel_lr_scale",
         "lambda_lr_scale"}
 
 # Sizes for a CPU; all else is the recipe's.
