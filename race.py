@@ -273,7 +273,8 @@ def main(argv: list[str] | None = None):
         verdict.write(args, argv, arms, results, missing, best, said, rest)
         print(args.record)
     if missing:
-        fail(f"missing: {', '.join(missing)}: the same command tries them again")
+        again = "the same command with another --record" if args.record else "the same command"
+        fail(f"missing: {', '.join(missing)}: {again} tries them again")
 
 
 if __name__ == "__main__":
