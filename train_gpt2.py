@@ -1520,9 +1520,7 @@ def train(cfg: Config, signals) -> float | None:
     for step in count(start):
         where = place(step, watch.told[1], cfg)
         last = where >= cfg.num_iterations
-        steps_in_all = cfg.num_iterations
-        if cfg.minutes and where:
-            steps_in_all = round(step * cfg.num_iterations / where)
+        steps_in_all = round(step * cfg.num_iterations / where) if where else cfg.num_iterations
 
         # Save, then validate, outside the clock
         validates = last or cfg.val_loss_every and step % cfg.val_loss_every == 0
@@ -1573,7 +1571,7 @@ def train(cfg: Config, signals) -> float | None:
         at["tokens"] += predictions
 
         # Stop early
-        if watch.told[0] and step + 1 < cfg.num_iterations:
+        if watch.told[0] and place(step + 1, watch.told[1], cfg) < cfg.num_iterations:
             at["seconds"] = clock.stop()
             save(step + 1)
             number = signals.caught or signal.SIGTERM    # another process may have caught it
