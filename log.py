@@ -139,11 +139,13 @@ class Log:
             self.attempt("loss.png", draw, self.rows, self.dir)
 
     def close(self, results: dict):
-        """test_metrics.txt, a result a line, and the trackers' last words."""
+        """test_metrics.txt, a result a line, the trackers' last words, and where all of it is."""
         text = "".join(f"{name} {value:.6g}\n" for name, value in results.items())
         self.attempt("test_metrics.txt", (self.dir / "test_metrics.txt").write_text, text)
         for name, tracker in self.trackers.items():
             self.attempt(name, tracker.close)
+        if sys.stdout:
+            self.put(f"log and checkpoint: {self.dir}", sys.stdout, "stdout")
 
     def wants_progress(self) -> bool:
         return self.tty and time.perf_counter() - self.shown > 1

@@ -27,6 +27,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Until main() listens Ctrl-C ends it at once: no traceback of what torch was importing.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch._functorch.config
@@ -1622,8 +1626,6 @@ def train(cfg: Config, signals) -> float | None:
     if log:
         log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
                        **bits))
-    if log and sys.stdout:
-        log.put(f"log and checkpoint: {log.dir}", sys.stdout, "stdout")
     if world > 1:
         dist.destroy_process_group()
     if log and watch.saved != step:
