@@ -65,8 +65,7 @@ class Log:
         self.shown = 0.0                             # when progress was last shown
         self.deaf = set()                            # places that take no more lines
         self.rows = []                               # of metrics.csv
-        self.trackers = {name: open_tracker(name, self.dir, cfg)
-                         for name in cfg.rows("log")}
+        self.trackers = {name: open_tracker(name, self.dir, cfg) for name in cfg.rows("log")}
         start = f"=== config\n{json.dumps(asdict(cfg))}\n=== env\n{json.dumps(facts)}\n=== run"
         try:
             self.file = open(self.dir / "log.txt", "a" if folder else "x", buffering=1)

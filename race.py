@@ -168,9 +168,8 @@ def tell_cost(arms: list[Arm], args):
         code, said = call([*arm.flags, "--estimate"])
         if code:
             fail(f"{arm.name}: {said.splitlines()[-1]}")
-        facts = {}
-        for line in said.splitlines():
-            facts.setdefault(line[:14].strip(), line[15:])
+        # Of two lines of one name the first.
+        facts = {line[:14].strip(): line[15:] for line in reversed(said.splitlines())}
         params[arm.name] = int(facts["parameters"].split()[0].replace(",", ""))
         if arm.cfg.minutes:
             seconds[arm.name] = 60 * arm.cfg.minutes

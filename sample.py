@@ -13,11 +13,17 @@ import argparse
 import codecs
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
+IGNORED = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+if __name__ == "__main__" and not IGNORED:
+    # Ctrl-C while torch is imported: no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -239,6 +245,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if not IGNORED:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(errors="replace")
     try:

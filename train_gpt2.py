@@ -27,6 +27,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    # Until main() listens Ctrl-C ends it at once: no traceback of what torch was importing.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 import torch._functorch.config
@@ -1526,9 +1530,7 @@ def train(cfg: Config, signals) -> float | None:
     for step in count(start):
         where = place(step, watch.told[1], cfg)
         last = where >= cfg.num_iterations
-        steps_in_all = cfg.num_iterations
-        if cfg.minutes and where:
-            steps_in_all = round(step * cfg.num_iterations / where)
+        steps_in_all = round(step * cfg.num_iterations / where) if where else cfg.num_iterations
 
         # Save, then validate, outside the clock
         tail = where >= 0.75 * cfg.num_iterations
@@ -1578,7 +1580,7 @@ def train(cfg: Config, signals) -> float | None:
         at["tokens"] += predictions
 
         # Stop early
-        if watch.told[0] and step + 1 < cfg.num_iterations:
+        if watch.told[0] and place(step + 1, watch.told[1], cfg) < cfg.num_iterations:
             at["seconds"] = clock.stop()
             save(step + 1)
             number = signals.caught or signal.SIGTERM    # another process may have caught it

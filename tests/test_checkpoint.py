@@ -273,6 +273,16 @@ def test_what_nohup_ignores_stays_ignored(signals):
     assert signals.caught == 0
 
 
+@pytest.mark.parametrize("script", ["train_gpt2.py", "sample.py"])
+def test_a_signal_during_imports_leaves_no_traceback(tmp_path, script):
+    """They take seconds, in which Ctrl-C met a page of what torch was importing."""
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)")
+    environment = os.environ | dict(PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
 def two_processes(knobs, *flags_of_torchrun):
     """torchrun on its way, with one restart."""
     flags = [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -125,6 +126,17 @@ def test_minutes(shards, tmp_path, capsys):
     assert float(training[-1]["learning_rate"]) < 0.4 * 0.003
     assert "0.01 minutes of" in capsys.readouterr().out
     assert weights(tmp_path / "it")["step"] == len(training)
+
+
+def test_a_signal_ends_a_run_by_the_clock_at_any_step(shards, tmp_path, monkeypatch):
+    def measure(it, step, **values):
+        if step == 30:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Log, "measure", measure)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, **shards, num_iterations=20, val_loss_every=0, minutes=0.05)
+    assert stop.value.code == 130 and 30 < weights(next(tmp_path.iterdir()))["step"] < 35
 
 
 def test_a_schedule_in_time_is_that_in_steps():
