@@ -128,6 +128,11 @@ class View(NamedTuple):
 FLEX_DEVICES = ("cuda",)
 
 
+def skips_masks(device: torch.device, D: int) -> bool:
+    """Whether compiled code has FlexAttention, which keeps no (T, T) mask."""
+    return device.type in FLEX_DEVICES and D >= 16
+
+
 def view(window: int, docs: Tensor | None, T: int, D: int, device: torch.device) -> View:
     """The view of T tokens, where the rule of `visible` masks; docs (B, T) or None.
 
@@ -143,7 +148,7 @@ def view(window: int, docs: Tensor | None, T: int, D: int, device: torch.device)
         at = t - docs
         B = len(docs)
     rule = visible(window, docs)
-    if device.type in FLEX_DEVICES and D >= 16 and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and skips_masks(device, D):
         block_mask = create_block_mask(rule, B, None, T, T, device=device)
         return View(at, partial(flex, block_mask=block_mask))
     rows = torch.arange(B, device=device)[:, None, None, None]

@@ -2,12 +2,15 @@
 import math
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from attention import skips_masks
 from kernels import default_chunk
 from machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
                      is_available)
@@ -114,15 +117,19 @@ def count_activations(make_model, shape: tuple[int, int], precision: torch.dtype
     return kept, live.most, wide
 
 
-def memory_estimate(cfg, make_model, shapes, roles, builder, precision: torch.dtype,
-                    compiled: bool) -> str:
+def memory_estimate(cfg, model_of, shapes, roles, builder, precision: torch.dtype,
+                    compiled: bool, device: torch.device) -> str:
     """About how much training takes, MiB.
 
-    shapes: rows and tokens a row of micro-batches; roles {parameter: role}; builder: a row of
-    OPTIMS, which says what its optimizer keeps.
+    model_of(cfg) -> GPT; shapes: rows and tokens a row of micro-batches; roles {parameter: role};
+    builder: a row of OPTIMS, which says what its optimizer keeps.
     """
     shape = max(shapes, key=math.prod)
-    kept, peak, wide = count_activations(make_model, shape, precision)
+    counted = cfg
+    if compiled and skips_masks(device, cfg.n_embd // cfg.n_head):
+        # Fake tensors run uncompiled, with masks, which each call of attention keeps anew.
+        counted = replace(cfg, batches="windows", document_token=-1, window=0)
+    kept, peak, wide = count_activations(partial(model_of, counted), shape, precision)
     parts = {"activations": kept, "logits": peak - kept}
     if compiled:
         # The loss keeps its gradients (kernels.py): of the head in fp32, of what is below it.

@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         """{field: value} of the flags that are there, and of no others."""
         for word in argv:
             # argparse takes this for no value at all.
-            if word.endswith("=--"):
+            if re.fullmatch(r"--\w+=--", word):
                 self.error(f"{word}: -- is no value")
         known, unknown = self.parse_known_args(argv)
         if unknown and unknown[0][:1] != "-":

@@ -29,6 +29,7 @@ import torch
 
 from checkpoint import read
 from decode import Context, generate
+from flags import Parser
 from machine import first_line, pick_device
 from shards import TOKENIZERS, tokenizer_of
 from train_gpt2 import GPT, ROOT, Config
@@ -157,8 +158,7 @@ def interact(first, answer):
 # --------------------------------------------------------------------------------------------------
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
-    p.error = lambda message: p.exit(2, f"sample.py: {message}\n")
+    p = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("checkpoint", nargs="?", type=Path,
                    help="a run's folder or its model.pt (default: the newest below logs/)")
     p.add_argument("--prompt", help="what the text begins with (default: a new document, or line)")
@@ -180,10 +180,7 @@ def parse(argv=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--ranks", type=Path, metavar="FILE",
                    help="for Qwen's tokens, as in data/text.py")
-    args = p.parse_args(argv)
-    # argparse of Python 3.11 and 3.12 reads `--prompt=--` as an empty list.
-    if [] in vars(args).values():
-        p.error("-- is no value")
+    args = argparse.Namespace(**p.typed(sys.argv[1:] if argv is None else argv))
     if args.top_k < 0 or args.num_samples < 1:
         p.error("--top_k must not be negative, --num_samples at least 1")
     if not 0 <= args.min_new_tokens <= args.max_new_tokens:

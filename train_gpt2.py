@@ -1302,8 +1302,8 @@ def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) 
     """The text of --estimate; `vocab` is that of the shards. Nothing is computed or allocated."""
     model = new_model(cfg, torch.device("meta"))
     table = roles(model)
-    memory = memory_estimate(cfg, partial(GPT, cfg), batches.shapes(), table,
-                             OPTIMS[cfg.optim][0], precision, compiles(cfg, device))
+    memory = memory_estimate(cfg, GPT, batches.shapes(), table, OPTIMS[cfg.optim][0], precision,
+                             compiles(cfg, device), device)
     return "\n".join([report(cfg, model, table, memory, device, batches, vocab), *ramp_notes(cfg)])
 
 

@@ -46,17 +46,21 @@ def unreadable(text):
 def split(path):
     """log.txt -> (its sources, bytes; the rest of it, text from === config on).
 
-    The sources stand at its start, or in sources.txt.gz beside it. Raises SystemExit if in neither.
+    The sources stand at its start, or in sources*.txt.gz beside it: those of its start first, then
+    of each time that it went on with others. Raises SystemExit if they cannot be read.
     """
     text, _ = read(path)
     start = START.search(text).start()
     if text.startswith("=== source "):
         return text[:start].encode(), text[start:]
-    packed = path.with_name("sources.txt.gz")
-    try:
-        return gzip.decompress(packed.read_bytes()), text[start:]
-    except (OSError, EOFError, zlib.error) as e:
-        raise SystemExit(f"{packed}: the sources of {path} cannot be read ({e})") from None
+    sources = b""
+    first = path.with_name("sources.txt.gz")
+    for packed in (first, *sorted(path.parent.glob("sources_*.txt.gz"))):
+        try:
+            sources += gzip.decompress(packed.read_bytes())
+        except (OSError, EOFError, zlib.error) as e:
+            raise SystemExit(f"{packed}: the sources of {path} cannot be read ({e})") from None
+    return sources, text[start:]
 
 
 def without_folders(text, config):

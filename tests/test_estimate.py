@@ -154,6 +154,21 @@ def test_mixers_differ_in_memory(capsys):
     assert activations(mixer="attn", recompute="block") < 0.5 * min(figures)
 
 
+def test_masks_count_where_they_are_kept(capsys):
+    """Compiled for CUDA, attention skips what they hide; else every call keeps (T, T) numbers."""
+    def activations(**knobs):
+        main(Config(estimate=True, mixer="diff", n_layer=2, n_head=4, n_embd=64, batch_size=1,
+                    sequence_length=1024, **knobs))
+        return int(re.search(r"activations (\d+)", capsys.readouterr().out)[1])
+
+    free = activations(device="cuda")
+    assert activations(device="cuda", window=64) == free
+    for dense in (dict(device="cuda", compile=False), dict(device="cpu", compile=True)):
+        free = activations(**dense)
+        # Eight calls of attention, 2 MiB each in bf16, 4 in fp32.
+        assert activations(**dense, window=64) > free + 8 * 1.5
+
+
 # --------------------------------------------------------------------------------------------------
 # What is counted on fake tensors, against what a run on real ones saves
 

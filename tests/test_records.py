@@ -496,6 +496,13 @@ def test_runs_become_a_record(tmp_path):
     assert text.split("=== run")[1] == (logs / "wide/c/log.txt").read_text().split("=== run")[1]
     assert table.runs(record) == {"plain": {0: (2.0, 5, 7000), 1: (2.1, 5, 7000)},
                                   "wide": {0: (2.0, 5, 7000)}}
+    # a run that went on with other sources has both, in their order
+    finished(logs / "on", 3, packed=True)
+    other = b"=== source afno.py\nx = 2\n\n"
+    (logs / "on/sources_20261201T120000.txt.gz").write_bytes(gzip.compress(other))
+    assert run("add", f"{logs}/on=plain", "--to", record)[0] == 0
+    held = gzip.decompress((record / "sources_3.txt.gz").read_bytes())
+    assert held == SOURCES.encode() + other
     # more runs of the same sources add their logs alone
     finished(logs / "more", 2)
     code, printed, _ = run("add", f"{logs}/more=plain", "--to", record)

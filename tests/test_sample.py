@@ -156,13 +156,14 @@ def test_odd_but_possible(place, capsys, argv):
     write(capsys, *argv)
 
 
-def test_two_dashes_as_a_prompt(place, capsys):
-    """Text since Python 3.13; argparse takes them away before."""
+@pytest.mark.parametrize("argv, hint", [
+    (["--topp", "0.8"], "--topp: did you mean --top_p?"),
+    (["logs/a", "--prompt", "To", "be"], "be: --prompt takes one value: quote it, --prompt 'To be'"),
+    (["--prompt=--"], "-- is no value"),
+])
+def test_what_a_refusal_advises(place, capsys, argv, hint):
     place("logs/a/model.pt")
-    try:
-        write(capsys, "--prompt=--")
-    except SystemExit:
-        assert capsys.readouterr().err == "sample.py: -- is no value\n"
+    assert hint in refused(capsys, *argv)
 
 
 # ---------------------------------------------------------------- what it writes
