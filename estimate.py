@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import skips_masks
-from kernels import default_chunk
+from kernels import BACKENDS, default_chunk, fastest_conv
 from machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
                      is_available)
 
@@ -129,6 +129,11 @@ def memory_estimate(cfg, model_of, shapes, roles, builder, precision: torch.dtyp
     if compiled and skips_masks(device, cfg.n_embd // cfg.n_head):
         # Fake tensors run uncompiled, with masks, which each call of attention keeps anew.
         counted = replace(cfg, batches="windows", document_token=-1, window=0)
+    if "afno" in cfg.mixers and cfg.afno_backend == "auto":
+        # Fake tensors are of a CPU, for which it would choose another.
+        chosen = fastest_conv(device.type, cfg.sequence_length)
+        backend = next(name for name, conv in BACKENDS.items() if conv is chosen)
+        counted = replace(counted, afno_backend=backend)
     kept, peak, wide = count_activations(partial(model_of, counted), shape, precision)
     parts = {"activations": kept, "logits": peak - kept}
     if compiled:
