@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
 
 from flags import choices
