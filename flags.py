@@ -1,4 +1,4 @@
-"""The command line, made from the fields of a dataclass and its comments; what numbers may be.
+"""The command line, made from the fields of a dataclass and its comments; what its values may be.
 
 A comment line of its own, up to its first full stop, is a heading; the comment behind a field is
 the flag's help. Whatever is wrong is one line on stderr and exit code 1.
@@ -40,6 +40,28 @@ OFF_AT_ZERO = ("logit_softcap",)
 # int64 tokens of a step are 8 GiB then.
 LARGEST_STEP = 2**30
 
+# {why: settings that contradict one another}
+CONTRADICTIONS = {
+    "LNS is the scale of the branches: drop one":
+        dict(norm=("lns",), branch_scale=(True,)),
+    "its schedule takes the logarithm":
+        dict(optim=("ademamix",), adam_beta1=(0.0,)),
+    "there are no low-rank products to keep: add --linear cola":
+        dict(linear=("dense",), recompute=("cola",)),
+    "this norm undoes what GPAS does: drop one":
+        dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
+    "RMSNorm takes the scale away: add --no-embed_norm":
+        dict(embed_scale=(True,), embed_norm=(True,)),
+    "no later layer can take the values: drop it":
+        dict(value_residual=(True,), n_layer=(1,)),
+    "no two layers can be joined: drop it":
+        dict(unet_skips=(True,), n_layer=(1,)),
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Values. What is wrong with one is a ValueError with one line.
+
 
 def check_number(name: str, kind: type, value: float):
     """ValueError where a field's value is outside its range; NaN is in none."""
@@ -62,6 +84,106 @@ def choices(word: str, names) -> str:
     return f"{near(word, names)}choose from {', '.join(names)}"
 
 
+def check_words(cfg, known):
+    """Refuse words that do not print in one line, or are none of known[field]."""
+    for f in fields(cfg):
+        for word in cfg.rows(f.name) if f.type is str else ():
+            if not word.isprintable():
+                raise ValueError(f"--{f.name} {word!r}: a line break, or what else does not print, "
+                                 "is in it: take it out")
+            if f.name in known and word not in known[f.name]:
+                raise ValueError(f"--{f.name} {word}: no such {f.name}; "
+                                 f"{choices(word, known[f.name])}")
+
+
+def check_settings(cfg, axes, knobs, always):
+    """Refuse settings that nothing reads, that contradict one another or are out of range.
+
+    axes {field: its rows}; knobs {field: {axis: the rows that read it}}; always: fields that may be
+    set where nothing reads them.
+    """
+    check_names(cfg)
+    check_needs(cfg, axes)
+    used = {f.name for f in fields(cfg)} - knobs.keys() | cfg.fields_read()
+    for f in fields(cfg):
+        unread = f.name not in used and f.name not in always
+        if unread and getattr(cfg, f.name) != f.default:
+            raise ValueError(f"--{f.name} has no effect here, nothing in use reads it: drop it")
+    if cfg.pos == "none" and "rope" not in used:
+        raise ValueError("--pos none has no effect here, no mixer in use has rotary positions: "
+                         "drop it")
+    for why, settings in CONTRADICTIONS.items():
+        if all(name in used and getattr(cfg, name) in bad for name, bad in settings.items()):
+            both = " with ".join(f"--{name} {getattr(cfg, name)}" for name in settings)
+            raise ValueError(f"{both}: {why}")
+    for f in fields(cfg):
+        if f.type in (int, float):
+            check_number(f.name, f.type, getattr(cfg, f.name))
+    check_sizes(cfg, used)
+    check_ramps(cfg, used)
+
+
+def check_names(cfg):
+    """Refuse half a pair of shards, two sources of them, and a run_name that is no name."""
+    if bool(cfg.input_bin) != bool(cfg.input_val_bin):
+        one, other = "input_bin", "input_val_bin"
+        if cfg.input_val_bin:
+            one, other = other, one
+        raise ValueError(f"--{one} without --{other}: the model would be scored on another "
+                         "vocabulary, or on text it has seen: give both, or --data for a folder "
+                         "with both")
+    if cfg.input_bin and cfg.data != type(cfg).data:
+        raise ValueError(f"--data {cfg.data} with --input_bin and --input_val_bin: two sources of "
+                         "shards: drop one")
+    name = cfg.run_name
+    if name and (os.path.basename(name) != name or name in (".", "..") or "\0" in name):
+        raise ValueError(f"--run_name {name!r}: must be the name of a folder, not a path: "
+                         "--output_dir says where it appears")
+
+
+def check_needs(cfg, axes):
+    """Refuse a row whose class says that it needs another setting."""
+    for axis, table in axes.items():
+        for row in cfg.rows(axis):
+            for name, (values, why) in getattr(table[row][0], "needs", {}).items():
+                value = getattr(cfg, name)
+                if value not in values:
+                    raise ValueError(f"--{axis} {row} with --{name} {value}: {why}")
+
+
+def check_sizes(cfg, used: set[str]):
+    mixers = cfg.rows("mixer")
+    if len(mixers) > cfg.n_layer:
+        raise ValueError(f"--mixer {cfg.mixer}: {len(mixers)} mixers for {cfg.n_layer} layers: "
+                         "some would not be built: raise --n_layer or name fewer")
+    heads = "n_head" in used
+    if heads and (cfg.n_embd % cfg.n_head or cfg.n_head % (cfg.n_kv_head or 1)):
+        raise ValueError(f"{cfg.n_embd} channels, {cfg.n_head} heads, "
+                         f"{cfg.n_kv_head or cfg.n_head} key/value heads: each must be a multiple "
+                         "of the next")
+    if int(cfg.mlp_ratio * cfg.n_embd) < 1:
+        raise ValueError(f"--mlp_ratio {cfg.mlp_ratio} of {cfg.n_embd} channels is a hidden width "
+                         "of 0: raise one of them")
+    if cfg.tokens_per_step > LARGEST_STEP:
+        raise ValueError(f"{cfg.tokens_per_step:,} tokens a step, at most {LARGEST_STEP:,} can be: "
+                         "lower --batch_size or --grad_accumulation_steps")
+
+
+def check_ramps(cfg, used: set[str]):
+    if cfg.lr_start and cfg.warmup_iters == 0:
+        raise ValueError(f"--lr_start {cfg.lr_start} with --warmup_iters 0: nothing warms up: drop "
+                         "one")
+    ramps = cfg.warmup_steps
+    if "warmdown_iters" in used:
+        ramps += cfg.warmdown_steps
+    if ramps > cfg.num_iterations:
+        raise ValueError(f"--num_iterations {cfg.num_iterations} is less than the {ramps} steps of "
+                         "warm-up and warm-down")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command line
+
 def stray(word: str, argv) -> str:
     """What to do about a word that is neither a flag nor the value of one."""
     before = argv[:argv.index(word)]
@@ -74,16 +196,6 @@ def stray(word: str, argv) -> str:
         [v[::-1] for v in values])[::-1]
     quoted = pattern if all(map(os.path.exists, values)) else " ".join(values)
     return f"{flag} takes one value: quote it, {flag} '{quoted}'"
-
-
-def check_words(name: str, words: list[str], known=None):
-    """ValueError for a word that does not print in one line, or is none of those known."""
-    for word in words:
-        if not word.isprintable():
-            raise ValueError(f"--{name} {word!r}: a line break, or what else does not print, is in "
-                             "it: take it out")
-        if known and word not in known:
-            raise ValueError(f"--{name} {word}: no such {name}; {choices(word, known)}")
 
 
 class Parser(argparse.ArgumentParser):

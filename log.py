@@ -24,8 +24,7 @@ from machine import duration, first_line, own_sources
 
 METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "bits_per_byte", "learning_rate",
            "gradient_norm", "tokens_per_second")
-
-# Of TRACKERS that group runs by it.
+# What wandb and trackio group runs by
 PROJECT = "spectral-nanogpt"
 
 
@@ -97,11 +96,12 @@ class Log:
                 whole = [line for line in f if line.endswith("\n")]
             self.rows = [row for row in csv.DictReader(whole)
                          if int(row["step"]) < step + (not row["val_loss"])]
-        file = open(path, "w", buffering=1, newline="")
-        print(",".join(METRICS), file=file)
-        for row in self.rows:
-            print(",".join(row.values()), file=file)
-        return file
+        # Beside its place: a kill between two rows would lose the rest.
+        part = self.dir / "metrics.csv.tmp"
+        lines = METRICS, *(row.values() for row in self.rows)
+        part.write_text("".join(",".join(line) + "\n" for line in lines))
+        os.replace(part, path)
+        return open(path, "a", buffering=1, newline="")
 
     def put(self, line: str, file, name: str):
         """A full disk, a closed pipe or a terminal that is gone end what is told, not the run."""
@@ -194,9 +194,9 @@ def per_byte(loss: float, text_bytes: float | None) -> dict[str, float]:
 
 
 def short(number: float) -> str:
-    """Three digits and a letter: 9.6k, 1.24M."""
-    for unit in ("", "k", "M"):
-        if number < 1000 or unit == "M":
+    """Three digits and a letter: 9.6k, 1.24M, 2G."""
+    for unit in ("", "k", "M", "G"):
+        if number < 1000 or unit == "G":
             return f"{number:.3g}{unit}"
         number /= 1000
 

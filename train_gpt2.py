@@ -48,7 +48,7 @@ from documents import Padded, document_token, fill
 from estimate import flops_per_token, memory_estimate, report
 from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
-from flags import LARGEST_STEP, check_number, check_words, make_parser
+from flags import check_settings, check_words, make_parser
 from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
 from log import TRACKERS, Log, per_byte
 from machine import (DEVICES, PRECISIONS, checksum, device_name, device_peak_flops, environment,
@@ -193,33 +193,11 @@ class Config:
     estimate: bool = False                           # print parameters, FLOPs, memory, time; exit
 
     def __post_init__(self):
-        self.check_names()
+        check_words(self, CHOICES)
         for name, size in zip(("n_layer", "n_head", "n_embd"), MODELS[self.model]):
             # The one place that writes a field of the frozen Config.
             object.__setattr__(self, name, getattr(self, name) or size)
-        used = self.check_rows()
-        self.check_contradictions(used)
-        self.check_ranges(used)
-
-    def check_names(self):
-        """Refuse unknown words, half a pair of shards or two, and a run_name that is no name."""
-        for f in fields(self):
-            if f.type is str:
-                check_words(f.name, self.rows(f.name), CHOICES.get(f.name))
-        if bool(self.input_bin) != bool(self.input_val_bin):
-            one, other = "input_bin", "input_val_bin"
-            if self.input_val_bin:
-                one, other = other, one
-            raise ValueError(f"--{one} without --{other}: the model would be scored on another "
-                             "vocabulary, or on text it has seen: give both, or --data for a "
-                             "folder with both")
-        if self.input_bin and self.data != Config.data:
-            raise ValueError(f"--data {self.data} with --input_bin and --input_val_bin: two "
-                             "sources of shards: drop one")
-        name = self.run_name
-        if name and (Path(name).name != name or name == ".." or "\0" in name):
-            raise ValueError(f"--run_name {name!r}: must be the name of a folder, not a path: "
-                             "--output_dir says where it appears")
+        check_settings(self, AXES, KNOBS, ALWAYS_ACCEPTED)
 
     def rows(self, axis: str) -> list[str]:
         """The words of a field: several of mixers, which tile, and of trackers, else one."""
@@ -232,59 +210,6 @@ class Config:
         """The knobs that the rows in use read."""
         knobs = (AXES[axis][row][1] for axis in AXES for row in self.rows(axis))
         return {name for row in knobs for name in row.values()}
-
-    def check_rows(self) -> set[str]:
-        """Refuse settings that nothing in use reads -> the settings in use."""
-        for axis, table in AXES.items():
-            for row in self.rows(axis):
-                for name, (values, why) in getattr(table[row][0], "needs", {}).items():
-                    value = getattr(self, name)
-                    if value not in values:
-                        raise ValueError(f"--{axis} {row} with --{name} {value}: {why}")
-        used = {f.name for f in fields(self)} - KNOBS.keys() | self.fields_read()
-        for f in fields(self):
-            unread = f.name not in used and f.name not in ALWAYS_ACCEPTED
-            if unread and getattr(self, f.name) != f.default:
-                raise ValueError(f"--{f.name} has no effect here, nothing in use reads it: drop it")
-        if self.pos == "none" and "rope" not in used:
-            raise ValueError("--pos none has no effect here, no mixer in use has rotary positions: "
-                             "drop it")
-        return used
-
-    def check_contradictions(self, used: set[str]):
-        for why, settings in CONTRADICTIONS.items():
-            if all(name in used and getattr(self, name) in bad for name, bad in settings.items()):
-                both = " with ".join(f"--{name} {getattr(self, name)}" for name in settings)
-                raise ValueError(f"{both}: {why}")
-
-    def check_ranges(self, used: set[str]):
-        for f in fields(self):
-            if f.type in (int, float):
-                check_number(f.name, f.type, getattr(self, f.name))
-        mixers = self.rows("mixer")
-        if len(mixers) > self.n_layer:
-            raise ValueError(f"--mixer {self.mixer}: {len(mixers)} mixers for {self.n_layer} "
-                             "layers: some would not be built: raise --n_layer or name fewer")
-        heads = "n_head" in used
-        if heads and (self.n_embd % self.n_head or self.n_head % (self.n_kv_head or 1)):
-            raise ValueError(f"{self.n_embd} channels, {self.n_head} heads, "
-                             f"{self.n_kv_head or self.n_head} key/value heads: each must be a "
-                             "multiple of the next")
-        if int(self.mlp_ratio * self.n_embd) < 1:
-            raise ValueError(f"--mlp_ratio {self.mlp_ratio} of {self.n_embd} channels is a hidden "
-                             "width of 0: raise one of them")
-        if self.tokens_per_step > LARGEST_STEP:
-            raise ValueError(f"{self.tokens_per_step:,} tokens a step, at most {LARGEST_STEP:,} can"
-                             " be: lower --batch_size or --grad_accumulation_steps")
-        if self.lr_start and self.warmup_iters == 0:
-            raise ValueError(f"--lr_start {self.lr_start} with --warmup_iters 0: nothing warms up: "
-                             "drop one")
-        ramps = self.warmup_steps
-        if "warmdown_iters" in used:
-            ramps += self.warmdown_steps
-        if ramps > self.num_iterations:
-            raise ValueError(f"--num_iterations {self.num_iterations} is less than the {ramps} "
-                             "steps of warm-up and warm-down")
 
     @property
     def rope(self) -> bool:
@@ -317,24 +242,6 @@ class Config:
 # A size of every model, although only some mixers read it. parse() refuses it where it is typed.
 ALWAYS_ACCEPTED = ("n_head",)
 
-
-# {why: settings that contradict one another}
-CONTRADICTIONS = {
-    "LNS is the scale of the branches: drop one":
-        dict(norm=("lns",), branch_scale=(True,)),
-    "its schedule takes the logarithm":
-        dict(optim=("ademamix",), adam_beta1=(0.0,)),
-    "there are no low-rank products to keep: add --linear cola":
-        dict(linear=("dense",), recompute=("cola",)),
-    "this norm undoes what GPAS does: drop one":
-        dict(norm=("hybrid", "hybrid_star", "pre_post"), residual=("gpas",)),
-    "RMSNorm takes the scale away: add --no-embed_norm":
-        dict(embed_scale=(True,), embed_norm=(True,)),
-    "no later layer can take the values: drop it":
-        dict(value_residual=(True,), n_layer=(1,)),
-    "no two layers can be joined: drop it":
-        dict(unet_skips=(True,), n_layer=(1,)),
-}
 
 SYNONYMS = {"fan_ratio": ["--p"]}
 
@@ -1258,7 +1165,7 @@ def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: i
 
 
 def hit_rate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """Share of the targets that are the model's likeliest token."""
+    """idx and targets (B, T) -> share of the targets that are the model's likeliest token, ()."""
     hits = 0
     # Whole logits: of some 4,096 tokens at a time.
     rows = max(1, 4096 // idx.size(1))
@@ -1568,7 +1475,8 @@ def train(cfg: Config, signals) -> float | None:
         set_schedule(optimizers, where, cfg)
         micro_batches, predictions = next(steps)
         train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say)
-        told = torch.tensor([float(signals.caught), clock.now()], device=device)
+        told = torch.tensor([float(signals.caught), clock.now()], pin_memory=device.type == "cuda")
+        told = told.to(device, non_blocking=True)
         if world > 1:
             average(model, [train_loss, told], world)
         watch.look(step + 1, train_loss, told)
@@ -1615,7 +1523,6 @@ def train(cfg: Config, signals) -> float | None:
         say(f"val_loss on {val_batches.targets(10 * val_n):,} tokens:{loss:.4f}")
         if not math.isfinite(loss):
             refuse_numbers(step, f"the validation loss is {loss}", watch.saved)
-    accuracy = evaluate(partial(hit_rate, model), val_batches, val_n, device, rank, world)
     target = ""
     if cfg.target_val_loss:
         when = "never" if at["reached"] is None else f"{at['reached']:.1f}s"
@@ -1623,6 +1530,7 @@ def train(cfg: Config, signals) -> float | None:
     say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{at['tokens']} "
         f"train_time:{clock.total:.1f}s with_compile:{clock.total + at['compile_seconds']:.1f}s "
         f"{target}peak_memory:{peak_memory(device)}")
+    accuracy = evaluate(partial(hit_rate, model), val_batches, val_n, device, rank, world)
     if log:
         log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
                        **bits))

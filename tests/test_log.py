@@ -175,7 +175,7 @@ def test_progress_fits(tmp_path, monkeypatch, columns, line):
 
 def test_short():
     assert [short(n) for n in (7, 987.6, 9600, 1.237e6, 2e9)] == ["7", "988", "9.6k", "1.24M",
-                                                                 "2e+03M"]
+                                                                 "2G"]
 
 
 def test_no_escapes_where_there_is_no_terminal(shards, tmp_path, capsys):
