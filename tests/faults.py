@@ -1,8 +1,8 @@
 """A process that trains in forked children and kills them: python tests/faults.py PLAN.json.
 
 Importing torch once instead of a hundred times is what makes thirty kills affordable. The plan is
-{"config": fields of Config, "kills": [seconds, words of a log or null], "signal": number}: one run
-a kill, each goes on from the last; prints their exit codes as JSON.
+a list of [fields of Config, seconds after its first line or words of a log or null, number of a
+signal], a run each; prints their exit codes as JSON.
 """
 import json
 import os
@@ -14,14 +14,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def size(logs):
+    return sum(log.stat().st_size for log in logs.glob("*/log.txt"))
+
+
 def child(config, kill, number):
-    """Train in a fork; kill it after so many seconds, or when a log has these words -> its exit
-    code, as a shell has it."""
+    """Train in a fork; kill it so many seconds after its first line in a log, or when a log has
+    these words -> its exit code, as a shell has it."""
     from train_gpt2 import Config, main
+    logs = Path(config["output_dir"])
+    before = size(logs)
     pid = os.fork()
     if not pid:
         # A shell may have started us with it ignored.
-        if number != signal.SIGKILL:
+        if number not in (0, signal.SIGKILL):
             signal.signal(number, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
@@ -36,10 +42,11 @@ def child(config, kill, number):
             os._exit(99)
         os._exit(0)
     if isinstance(kill, str):
-        logs = Path(config["output_dir"])
         while not any(kill in log.read_text() for log in logs.glob("*/log.txt")):
             time.sleep(0.01)
     elif kill is not None:
+        while size(logs) == before:
+            time.sleep(0.001)
         time.sleep(kill)
     if kill is not None:
         os.kill(pid, number)
@@ -48,10 +55,8 @@ def child(config, kill, number):
 
 
 if __name__ == "__main__":
-    import torch
+    # What torch.optim imports at its first step takes each child a second.
+    import torch._dynamo
     torch.set_num_threads(1)
     plan = json.loads(Path(sys.argv[1]).read_text())
-    codes = []
-    for kill in plan["kills"]:
-        codes.append(child(plan["config"], kill, plan["signal"]))
-    print(json.dumps(codes))
+    print(json.dumps([child(*run) for run in plan]))

@@ -188,10 +188,11 @@ def test_a_checkpoint_is_there_before_the_validation(shards, tmp_path, monkeypat
 
 # ---------------- kills and signals
 
-def driven(tmp_path, kills, number, **config):
+def driven(tmp_path, runs):
+    """[Config's fields, when to kill as faults.py has it, signal], a run each -> their exit codes,
+    and what they say on stderr."""
     plan = tmp_path / "plan.json"
-    config = TRAIN | config | dict(output_dir=str(tmp_path / "cut"), run_name="")
-    plan.write_text(json.dumps(dict(config=config, kills=kills, signal=number)))
+    plan.write_text(json.dumps(runs))
     done = subprocess.run([sys.executable, ROOT / "tests/faults.py", plan], capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -205,11 +206,12 @@ LONG = dict(num_iterations=40, save_every=1, val_loss_every=10, optim="muon", dr
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_thirty_kills_at_random_moments(shards, tmp_path):
     """Each run goes on from what the last left; half of the time is spent in saving."""
-    knobs = dict(shards, **LONG | dict(num_iterations=600))
+    knobs = dict(shards, **LONG | dict(num_iterations=400))
     _, whole = run(tmp_path / "whole", **knobs)
     moments = random.Random(0)
     kills = [moments.uniform(0, 0.4) for _ in range(30)] + [None]
-    codes, errors = driven(tmp_path, kills, signal.SIGKILL, **knobs, resume="auto")
+    config = TRAIN | knobs | dict(output_dir=str(tmp_path / "cut"), run_name="", resume="auto")
+    codes, errors = driven(tmp_path, [[config, kill, signal.SIGKILL] for kill in kills])
     assert codes == 30 * [-signal.SIGKILL] + [0], errors
     # The last that trained. Earlier ones may have died before their first checkpoint.
     folder = max((path for path in (tmp_path / "cut").iterdir() if (path / "model.pt").exists()),
@@ -217,9 +219,11 @@ def test_thirty_kills_at_random_moments(shards, tmp_path):
     a, b = weights(whole), weights(folder)
     assert all(same(a[part], b[part]) for part in ("model", "optimizers", "random", "step"))
     assert not list(folder.glob("*.tmp"))
+    # Most kills met a run that had gone on from the last.
+    assert told(folder).count("\ngoes on from step ") > 15
 
 
-UNSAVED = LONG | dict(save_every=0, val_loss_every=0, num_iterations=400)
+UNSAVED = LONG | dict(save_every=0, val_loss_every=0, num_iterations=200)
 
 
 @pytest.fixture(scope="module")
@@ -228,17 +232,22 @@ def never_stopped(shards, tmp_path_factory):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"])
-def test_a_signal_ends_the_run_saved(shards, tmp_path, never_stopped, name):
-    number = getattr(signal, name)
-    codes, errors = driven(tmp_path, ["\nstep:10/", None], number, **shards, **UNSAVED,
-                           resume="auto")
-    assert codes == [128 + number, 0], errors
-    folder, = (tmp_path / "cut").iterdir()
-    step, saved = re.search(rf"\nstopped by {name} after step (\d+), the last checkpoint is of step "
-                            rf"(\d+): go on with --resume {folder}\n", told(folder)).groups()
-    assert step == saved and f"\ngoes on from step {step} of " in told(folder)
-    exact(never_stopped, folder)
+def test_a_signal_ends_the_run_saved(shards, tmp_path, never_stopped):
+    names = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"]
+    runs = []
+    for name in names:
+        config = TRAIN | shards | UNSAVED | dict(output_dir=str(tmp_path / name), run_name="",
+                                                 resume="auto")
+        runs += [config, "\nstep:10/", getattr(signal, name)], [config, None, 0]
+    codes, errors = driven(tmp_path, runs)
+    for name, *ends in zip(names, codes[::2], codes[1::2]):
+        assert ends == [128 + getattr(signal, name), 0], errors
+        folder, = (tmp_path / name).iterdir()
+        step, saved = re.search(rf"\nstopped by {name} after step (\d+), the last checkpoint is of "
+                                rf"step (\d+): go on with --resume {folder}\n",
+                                told(folder)).groups()
+        assert step == saved and f"\ngoes on from step {step} of " in told(folder)
+        exact(never_stopped, folder)
 
 
 @pytest.fixture

@@ -143,30 +143,32 @@ def test_the_estimate_is_near_a_count(name, kind, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_mixers_differ_in_memory(capsys):
-    """Once all had the same figure."""
-    def activations(**knobs):
+@pytest.fixture
+def activations(capsys):
+    """MiB of activations that --estimate tells for a Config."""
+    def told(**knobs):
         main(Config(estimate=True, **knobs))
-        return int(re.search(r"activations ([\d,]+)", capsys.readouterr().out)[1])
+        figure = re.search(r"activations (\d[\d,]*),", capsys.readouterr().out)[1]
+        return int(figure.replace(",", ""))
+    return told
 
+
+def test_mixers_differ_in_memory(activations):
+    """Once all had the same figure."""
     figures = [activations(mixer=mixer) for mixer in ("attn", "afno", "gdn", "fftnet")]
     assert len(set(figures)) == 4
     assert activations(mixer="attn", recompute="block") < 0.5 * min(figures)
 
 
-def test_masks_count_where_they_are_kept(capsys):
+def test_masks_count_where_they_are_kept(activations):
     """Compiled for CUDA, attention skips what they hide; else every call keeps (T, T) numbers."""
-    def activations(**knobs):
-        main(Config(estimate=True, mixer="diff", n_layer=2, n_head=4, n_embd=64, batch_size=1,
-                    sequence_length=1024, **knobs))
-        return int(re.search(r"activations ([\d,]+)", capsys.readouterr().out)[1])
-
-    free = activations(device="cuda")
-    assert activations(device="cuda", window=64) == free
+    sizes = dict(mixer="diff", n_layer=2, n_head=4, n_embd=64, batch_size=1, sequence_length=1024)
+    free = activations(**sizes, device="cuda")
+    assert activations(**sizes, device="cuda", window=64) == free
     for dense in (dict(device="cuda", compile=False), dict(device="cpu", compile=True)):
-        free = activations(**dense)
+        free = activations(**sizes, **dense)
         # Eight calls of attention, 2 MiB each in bf16, 4 in fp32.
-        assert activations(**dense, window=64) > free + 8 * 1.5
+        assert activations(**sizes, **dense, window=64) > free + 8 * 1.5
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from train_gpt2 import Muon
 from ngpt import Scale, SphereResidual, unit, unit_weights
 from sample import load
 from tests.checks import SMALL, apart, awake, small
-from tests.runs import TINY, same_run, steps, torchrun, train, weights
+from tests.runs import TINY, same_run, steps, train, train_in_processes, weights
 from train_gpt2 import GPT, MIXERS, MLPS, Block, Config, build, build_optimizers, parse, roles
 
 ROWS = dict(mixer="ngpt", mlp="ngpt", norm="ngpt", residual="ngpt")
@@ -440,7 +440,7 @@ def test_training_learns(shards, tmp_path, optim):
 
 def test_two_processes_train_like_one(shards, tmp_path):
     _, one = train(tmp_path / "one", **shards, **RECIPE)
-    two = torchrun(2, tmp_path / "two", **shards, **RECIPE)
+    two = train_in_processes(2, tmp_path / "two", **shards, **RECIPE)
     same_run(one, two, 1e-4)
     check_lengths(load(two / "model.pt"))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import recipe
 from train_gpt2 import main, parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,36 +162,14 @@ def test_nanoformer_has_the_sizes_of_its_kinds(race):
 
 def test_nanoformer_by_documents(tmp_path):
     """The harness at once: nGPT's rows, windows, cap and scale, recomputation; packed documents."""
-    done = run(
-        "run_nanoformer.sh",
-        "--mixer",
-        "ngpt",
-        "--batches",
-        "packed",
-        "--document_token",
-        10,
-        "--window",
-        30,
-        "--logit_softcap",
-        30,
-        "--logit_scale",
-        0.5,
-        "--recompute",
-        "block",
-        "--num_iterations",
-        2,
-        "--val_tokens",
-        1024,
-        "--output_dir",
-        tmp_path,
-    )
-    assert done.returncode == 0 and "final val_loss:" in done.stdout, done.stderr
-    done = run("run_nanoformer.sh", "--mixer", "ngpt", "--weight_decay", 0.1)
-    assert (
-        done.returncode != 0
-        and len(done.stderr.splitlines()) == 1
-        and "normalised weights" in done.stderr
-    )
+    flags = recipe("run_nanoformer.sh ngpt")
+    main(parse([*flags, *"--batches packed --document_token 10 --window 30 --logit_softcap 30 "
+                "--logit_scale 0.5 --recompute block --num_iterations 2 --val_tokens 1024 "
+                "--output_dir".split(), str(tmp_path)]))
+    log, = tmp_path.glob("*/log.txt")
+    assert "final val_loss:5." in log.read_text()
+    with pytest.raises(SystemExit, match="normalised weights"):
+        parse([*flags, "--weight_decay", "0.1"])
 
 
 def test_fftnet_has_the_size_of_its_sum(race):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import checkpoint
-from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, torchrun, train,
+from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, train, train_in_processes,
                         weights)
 from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config
 
@@ -164,7 +164,7 @@ def test_gradient_accumulation(shards, tmp_path, optim):
 def test_two_processes_train_like_one(shards, tmp_path, row, optim):
     knobs = knobs_of(row, **shards, optim=optim, grad_clip=1.0)
     loss, one = train(tmp_path / "one", **knobs)
-    two = torchrun(2, tmp_path / "two", **knobs)
+    two = train_in_processes(2, tmp_path / "two", **knobs)
     same_run(one, two, 1e-4)
     assert checkpoint_loss(two) == pytest.approx(loss, abs=1e-5)
     assert len(list((tmp_path / "two").iterdir())) == 1     # one log, of rank 0
