@@ -152,6 +152,7 @@ def check_needs(cfg, axes):
 
 
 def check_sizes(cfg, used: set[str]):
+    """Refuse sizes that do not divide, that hold nothing, or that no memory holds."""
     mixers = cfg.rows("mixer")
     if len(mixers) > cfg.n_layer:
         raise ValueError(f"--mixer {cfg.mixer}: {len(mixers)} mixers for {cfg.n_layer} layers: "
@@ -170,6 +171,7 @@ def check_sizes(cfg, used: set[str]):
 
 
 def check_ramps(cfg, used: set[str]):
+    """Refuse a warm-up and a warm-down that are longer than the run."""
     if cfg.lr_start and cfg.warmup_iters == 0:
         raise ValueError(f"--lr_start {cfg.lr_start} with --warmup_iters 0: nothing warms up: drop "
                          "one")

@@ -600,7 +600,8 @@ def test_a_newline_in_a_name_breaks_no_line(tmp_path, capsys):
         # What a shell makes of the command names the folder. The trainer refuses such names.
         words = subprocess.run(["bash", "-c", f"printf '%s\\0' {last[12:]}"],
                                capture_output=True, text=True).stdout.split("\0")
-        named = {str(odd / "s"), glob.escape(str(odd / "s"))}     # as a folder, or in a glob
+        # As it is, or in a glob.
+        named = {str(odd / "s"), glob.escape(str(odd / "s"))}
         assert any(name in word for name in named for word in words)
         assert "--data" in words or {"--input_bin", "--input_val_bin"} <= {*words}
     for bad in ([*argv, "--out", str(odd / "s")], [str(odd / "no\n.txt"), "--estimate"],

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import checkpoint
-from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, train, train_in_processes,
-                        weights)
+from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, train,
+                        train_in_processes, weights)
 from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config
 
 GOLDEN = Path(__file__).with_name("golden_attn.txt")
