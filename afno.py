@@ -45,10 +45,11 @@ class FourierKernel(nn.Module):
     role = "kernel"
 
     def __init__(self, groups: int, seq_len: int, num_blocks: int, poles: int, hidden: int,
-                 sparsity_threshold: float, kept_fraction: float):
+                 sparsity_threshold: float, kept_fraction: float, taps: int = 0):
         super().__init__()
         d = groups // num_blocks
         self.seq_len = seq_len
+        self.taps = taps or seq_len
         self.sparsity_threshold = sparsity_threshold
         self.kept_modes = max(1, int((seq_len + 1) * kept_fraction))
 
@@ -108,7 +109,8 @@ class FourierKernel(nn.Module):
             h = h[:self.seq_len]
             t = torch.arange(self.seq_len, device=h.device, dtype=h.dtype)[:, None] / self.seq_len
             window = torch.exp(-t * self.log_window.exp())
-            return (h * window).T.contiguous()  # (G, seq_len)
+            h = (h * window)[:self.taps]
+            return F.pad(h, (0, 0, 0, self.seq_len - len(h))).T.contiguous()  # (G, seq_len)
 
 
 def complex_matmul(z: Tensor, w: Tensor) -> Tensor:
@@ -124,14 +126,14 @@ class AFNO(nn.Module):
     """The causal AFNO mixer, (B, T, C) -> (B, T, C) for any 1 <= T <= seq_len.
 
     The equations are at the top of the file. group_size 0 means 16 channels a kernel, num_blocks 0
-    means 8 blocks, or the largest divisors below that fit. Decoding keeps every u so far, half the
-    memory of a KV cache, and reads them once a token: 2 t C FLOPs.
+    means 8 blocks, or the largest divisors below that fit; taps 0 means seq_len. Decoding keeps
+    every u so far, half the memory of a KV cache, and reads them once a token: 2 t C FLOPs.
     Raises ValueError where the sizes do not divide or the backend is unknown.
     """
     def __init__(self, dim: int, seq_len: int, *, num_blocks: int = 0,
                  sparsity_threshold: float = 0.01, hard_thresholding_fraction: float = 1.0,
                  hidden_size_factor: float = 1.0, poles: int = 16, group_size: int = 0,
-                 backend: str = "auto", linear: type[nn.Module] = Linear):
+                 taps: int = 0, backend: str = "auto", linear: type[nn.Module] = Linear):
         super().__init__()
         group_size = group_size or math.gcd(16, dim)
         num_blocks = num_blocks or math.gcd(8, dim // group_size)
@@ -152,7 +154,8 @@ class AFNO(nn.Module):
         self.kernel = FourierKernel(dim // group_size, seq_len, num_blocks, poles,
                                     hidden=int(poles * hidden_size_factor),
                                     sparsity_threshold=sparsity_threshold,
-                                    kept_fraction=hard_thresholding_fraction)
+                                    kept_fraction=hard_thresholding_fraction,
+                                    taps=taps)
         self.D = nn.Parameter(torch.ones(dim))
         self.proj = linear(dim, dim)
 
@@ -261,7 +264,8 @@ def afno_naive(m: AFNO, x: Tensor) -> Tensor:
             h = h + 2 * (H[f] * complex(math.cos(angle), math.sin(angle))).real
         window = torch.exp(-t / n * kernel.log_window.exp())
         # One tap a kernel becomes one a channel.
-        taps.append((h / (2 * n) * window).repeat_interleave(C // len(h)))
+        h = h / (2 * n) * window * (t < kernel.taps)
+        taps.append(h.repeat_interleave(C // len(h)))
 
     z = F.linear(x, torch.cat((m.q.weight, m.k.weight, m.v.weight)))
     w = m.short_conv.weight

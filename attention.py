@@ -275,3 +275,17 @@ class CausalSelfAttention(nn.Module):
             mask = (times >= docs[:, None])[:, None, None]             # (B, 1, 1, times)
         y = self.attend(x[:, None], q, k, v, partial(sdpa, attn_mask=mask))
         return self.proj(y.flatten(1)), (conv, cache, t + 1)
+
+
+class GatedAttention(CausalSelfAttention):
+    """Attention times a linear gate of its input, as AFNO's q: (B, T, C) -> (B, T, C).
+
+    Takes C^2 weights more than attention. The published gates are sigmoids (arXiv 2505.06708).
+    """
+    def __init__(self, dim: int, seq_len: int, *, linear=Linear, **attention):
+        super().__init__(dim, seq_len, linear=linear, **attention)
+        self.gate = linear(dim, dim)
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
+        gate = self.gate(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+        return gate * kernel(q, k, v)                                  # (B, H, T, D)

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -242,3 +243,24 @@ def own_sources() -> list[Path]:
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     paths = {Path(file).resolve() for file in files if file}
     return sorted(path for path in paths if path.parent in (ROOT, ROOT / "data") and path.is_file())
+
+
+class Clock:
+    """Training seconds. Waits for the device's queue before it stops; validation is outside."""
+    def __init__(self, device: torch.device, total: float = 0.0):
+        self.total = total
+        self.device = device
+        self.start()
+
+    def start(self):
+        self.since = time.perf_counter()
+
+    def now(self) -> float:
+        """Without waiting: at most a step behind."""
+        return self.total + time.perf_counter() - self.since
+
+    def stop(self) -> float:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+        self.total += time.perf_counter() - self.since
+        return self.total

@@ -118,6 +118,24 @@ class ShortConv(nn.Module):
         return (window * self.weight.type_as(x)).sum(1), window[:, 1:]
 
 
+class NoConv(nn.Module):
+    """In the place of a ShortConv where there is none."""
+    def __init__(self, dim: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def init_state(self, B: int):
+        return None
+
+    def state_behind(self, x: Tensor):
+        return None
+
+    def step(self, x: Tensor, state):
+        return x, state
+
+
 # --------------------------------------------------------------------------------------------------
 # Norms. For each of a block's two branches: what the residual carries, and what the branch reads.
 

@@ -24,6 +24,7 @@ CASES = {row: dict(mixer=row) for row in MIXERS} | {
     "fft": dict(mixer="afno", afno_backend="fft"),
     "value residual": dict(mixer="afno,attn", value_residual=True, x0_shortcut=True),
     "of recurrent ones": dict(mixer="gdn,fftnet", value_residual=True, unet_skips=True),
+    "output convolutions": dict(mixer="afno,attn", output_conv=True, afno_taps=9),
     "learned positions": dict(mixer="afno,attn", pos="learned", short_conv=True),
     "documents": dict(mixer="attn", batches="packed", document_token=1, window=30),
 }

@@ -246,6 +246,10 @@ def test_packed_rows_are_windows_and_mark_no_padding():
             "--batches packed --document_token 10 --mixer attn,gdn",
             "gdn as set here cannot keep documents apart",
         ),
+        (
+            "--batches packed --document_token 10 --mixer attn --output_conv",
+            "a convolution cannot keep documents apart",
+        ),
         ("--document_token 10", "--document_token has no effect here"),
         ("--batches padded --no-shuffle", "--batches padded with --shuffle False"),
         ("--mixer ngpt --norm lns", "--mixer ngpt with --norm lns"),

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
-from attention import CausalSelfAttention, NoHeadNorm, Rotary
+from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, Rotary
 from kernels import (BACKENDS, FFT_FROM, DepthwiseCausalConv, NormedProduct, ToeplitzConv,
                      auto_conv, fastest_conv, fft_conv, toeplitz_conv)
 from parts import ShortConv
@@ -43,6 +43,7 @@ SWITCHES = [
     dict(x0_shortcut=True),
     dict(unet_skips=True),
     dict(branch_scale=True),
+    dict(output_conv=True),
     dict(head_norm="none"),
     dict(short_conv=True),
     dict(mlp="relu2"),
@@ -57,6 +58,7 @@ ALL_ON = dict(
     x0_shortcut=True,
     unet_skips=True,
     branch_scale=True,
+    output_conv=True,
     short_conv=True,
 )
 
@@ -104,9 +106,9 @@ def test_afno_equals_naive_in_values_and_gradients(backend, fraction, T):
     assert all(g.any() for g in results[0]) or T < 3         # every parameter takes part
 
 
-@pytest.mark.parametrize("poles", [3, 5])
-def test_afno_with_an_odd_number_of_poles_equals_naive(poles):
-    m, x = small_afno(poles=poles), torch.randn(2, 9, 8, dtype=torch.float64)
+@pytest.mark.parametrize("knob", [dict(poles=3), dict(poles=5), dict(taps=1), dict(taps=4)], ids=str)
+def test_afno_with_odd_poles_or_few_taps_equals_naive(knob):
+    m, x = small_afno(**knob), torch.randn(2, 9, 8, dtype=torch.float64)
     assert torch.allclose(m(x), afno_naive(m, x), rtol=1e-9, atol=1e-11)
 
 
@@ -391,7 +393,7 @@ def test_every_switch_changes_the_output(switch):
 
 def test_every_afno_knob_changes_the_output():
     x = torch.randn(1, 9, 8, dtype=torch.float64)
-    for knob in (dict(sparsity_threshold=0.3), dict(hard_thresholding_fraction=0.5)):
+    for knob in (dict(sparsity_threshold=0.3), dict(hard_thresholding_fraction=0.5), dict(taps=3)):
         assert apart(small_afno(**knob)(x), small_afno()(x)) > 1e-3
 
 
@@ -420,6 +422,15 @@ def test_compiled_backward_of_fp32_islands_stays_fp32(knobs):
         loss.backward()
         grads.append([p.grad.clone() for p in m.parameters()])
     assert max(apart(a, b) for a, b in zip(*grads)) < 1e-4
+
+
+def test_the_gate_multiplies_what_attention_gives():
+    gated = awake(GatedAttention(32, 16, n_head=4))
+    plain = CausalSelfAttention(32, 16, n_head=4)
+    plain.load_state_dict(gated.state_dict(), strict=False)
+    plain.proj = gated.proj = nn.Identity()
+    x = torch.randn(2, 16, 32)
+    assert apart(gated(x), gated.gate(x) * plain(x)) < 1e-6
 
 
 def test_block_adds_its_parts():
