@@ -203,3 +203,20 @@ def refuse_twice(training, validation):
                 why = "the model would be scored on text it has seen: validate on another shard"
             both = f"{other} and {path} are the same" if path != other else f"{path} is both"
             raise SystemExit(f"{both}: {why}")
+
+
+def refuse_changes(batches):
+    """SystemExit with one line where a shard is not the file that was opened.
+
+    To read behind the end of a mapped file that was cut ends a process without a word.
+    """
+    for tokens in batches.shards:
+        opened = getattr(tokens, "opened", None)
+        try:
+            now = opened and os.stat(tokens.filename)
+        except OSError:
+            # Its name is gone; what is mapped stays.
+            continue
+        if opened and (now.st_size, now.st_mtime_ns) != opened:
+            raise SystemExit(f"{tokens.filename}: has changed while the run read it: put it back, "
+                             "then go on by --resume auto")

@@ -59,7 +59,7 @@ from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNo
                    LayerNormScaling, LearnedPositions, Linear, NoConv, NoPositions, PolyNormMLP,
                    PreNorm, PrePostNorm, ReLU2, ShortConv, SinusoidalPositions, SwiGLU, hybrid_star,
                    keep_all, norm, recompute_block, recompute_high_rank)
-from shards import bytes_a_token, open_data, tokenizer_of
+from shards import bytes_a_token, open_data, refuse_changes, tokenizer_of
 
 ROOT = Path(__file__).resolve().parent
 
@@ -160,11 +160,13 @@ class Config:
     learning_rate: float = 0.003                     # AdamW
     embed_lr_scale: float = 1.0                      # multiple of learning_rate for the embedding
     head_lr_scale: float = 1.0                       # ... for the head
+    vector_lr_scale: float = 1.0                     # ... for gains and short convolutions
     kernel_lr_scale: float = 3.0                     # ... for parameters that generate kernels
     lambda_lr_scale: float = 10.0                    # ... for lambdas of residuals and skips
     weight_decay: float = 0.01                       # decoupled, never on vectors and kernels
     adam_beta1: float = 0.9                          # decay of the mean gradient
     adam_beta2: float = 0.95                         # decay of the mean squared gradient
+    adam_eps: float = 1e-8                           # added to its square root
     grad_clip: float = 0.0                           # global norm; 0 is off
     muon_learning_rate: float = 0.02                 # of the matrices inside blocks
     muon_momentum: float = 0.95                      # behind its warm-up
@@ -294,7 +296,10 @@ class Block(nn.Module):
 
     def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The stream and the mixer branch's output -> the stream, what the MLP reads."""
-        return self.norm.mlp(self.residual(x, self.dropout(self.scale * y), 0))
+        # A factor of 1 would be a pass of its own in a compiled backward.
+        if self.scale != 1:
+            y = self.scale * y
+        return self.norm.mlp(self.residual(x, self.dropout(y), 0))
 
     def end(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream and the MLP branch's output -> the stream."""
@@ -618,8 +623,8 @@ MATRICES = ("matrix", "proj")                            # the roles inside bloc
 
 
 # {role: the field that scales its learning rate}
-RATES = {"embed": "embed_lr_scale", "head": "head_lr_scale", "kernel": "kernel_lr_scale",
-         "lambda": "lambda_lr_scale"}
+RATES = {"embed": "embed_lr_scale", "head": "head_lr_scale", "vector": "vector_lr_scale",
+         "kernel": "kernel_lr_scale", "lambda": "lambda_lr_scale"}
 
 
 def check_rates(cfg: Config, table):
@@ -642,7 +647,8 @@ def role_groups(cfg: Config, table, lr: float, decayed=()) -> list[dict]:
 
 def adamw(cfg: Config, table, decayed=()) -> torch.optim.Optimizer:
     groups = role_groups(cfg, table, cfg.learning_rate, decayed)
-    return torch.optim.AdamW(groups, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True)
+    betas = (cfg.adam_beta1, cfg.adam_beta2)
+    return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=True)
 
 
 def split_matrices(table):
@@ -888,23 +894,6 @@ class Packed(Windows):
     its kernel skips what a mask hides. Mixers that cannot mask documents are refused.
     """
     mask_documents = True
-
-
-def refuse_changes(batches):
-    """SystemExit with one line where a shard is not the file that was opened.
-
-    To read behind the end of a mapped file that was cut ends a process without a word.
-    """
-    for tokens in batches.shards:
-        opened = getattr(tokens, "opened", None)
-        try:
-            now = opened and os.stat(tokens.filename)
-        except OSError:
-            # Its name is gone; what is mapped stays.
-            continue
-        if opened and (now.st_size, now.st_mtime_ns) != opened:
-            raise SystemExit(f"{tokens.filename}: has changed while the run read it: put it back, "
-                             "then go on by --resume auto")
 
 
 def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:

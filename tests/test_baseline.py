@@ -17,13 +17,14 @@ GOLDEN = Path(__file__).with_name("golden_baseline.txt")
 # BottleCapAI/NoCap-Test, train_gpt2.py and run.sh, in the terms of Config.
 BASELINE = dict(
     n_layer=12, n_head=12, n_embd=768, vocab_size=50257, sequence_length=1024,
-    mixer="attn", n_kv_head=0, head_norm="none", window=0, short_conv=False, pos="rope",
+    mixer="attn", n_kv_head=0, head_norm="none", window=0, short_conv=False, output_conv=False,
+    pos="rope",
     mlp="gelu", mlp_ratio=4.0, linear="dense", dropout=0.0,
     norm="pre", residual="add", branch_scale=True, value_residual=False, x0_shortcut=False,
     unet_skips=False, tie_embeddings=True, pad_vocab=False, embed_norm=False, embed_scale=False,
     logit_softcap=0.0, logit_scale=1.0, logit_gain=False, zero_init=False,
     optim="adamw", learning_rate=0.0018, embed_lr_scale=1.0, head_lr_scale=1.0,
-    adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1, grad_clip=0.0,
+    adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1, grad_clip=0.0,
     schedule="trapezoid", warmup_iters=256, warmdown_iters=1024, lr_start=0.0, lr_end=0.0,
     batch_size=16, grad_accumulation_steps=32, num_iterations=4768, batches="windows",
     shuffle=False, recompute="none", val_tokens=1_048_576, val_loss_every=128,
@@ -33,8 +34,9 @@ BASELINE = dict(
 # depend on what only parts read that are not in use.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "model",
         "device", "peak_flops", "estimate", "log", "minutes", "val_tail_every", "save_every",
-        "keep", "resume", "resume_anyway", "skip_bad_steps", "train_loss_every", "val_batch_size", "kernel_lr_scale",
-        "lambda_lr_scale"}
+        "keep", "resume", "resume_anyway", "skip_bad_steps", "train_loss_every", "val_batch_size",
+        "kernel_lr_scale",
+        "lambda_lr_scale", "vector_lr_scale"}
 
 # Sizes for a CPU; all else is the recipe's.
 SMALL = dict(n_layer=2, n_head=4, n_embd=64, sequence_length=64, batch_size=4, device="cpu",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train_gpt2 import NS_COEFFICIENTS, Muon, newton_schulz
-from train_gpt2 import GPT, Config, build_optimizers, set_schedule
+from train_gpt2 import GPT, Config, build_optimizers, roles, set_schedule
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 24), (24, 64), (3, 40, 24), (2, 3, 24, 40)])
@@ -90,6 +90,18 @@ def config(**knobs):
         head_lr_scale=0.5,
     )
     return Config(**base | knobs)
+
+
+def test_rates_and_epsilon_reach_their_groups():
+    """--vector_lr_scale: short convolutions have role vector; --adam_eps is AdamW's alone."""
+    cfg = config(vector_lr_scale=7.5, adam_eps=1e-10)
+    model = GPT(cfg)
+    muon, adamw = build_optimizers(cfg, model)
+    table = roles(model)
+    for group in adamw.param_groups:
+        scale = {"vector": 7.5, "embed": 2.0, "head": 0.5, "kernel": 3.0}[table[group["params"][0]]]
+        assert group["lr"] == pytest.approx(0.004 * scale) and group["eps"] == 1e-10
+    assert "eps" not in muon.param_groups[0]
 
 
 def test_schedule():
