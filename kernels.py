@@ -256,20 +256,48 @@ class NormedProduct(torch.autograd.Function):
         return dk.type_as(k), dv.type_as(v), None
 
 
+def only_once(what: str):
+    """Refuse a graph of a backward: torch's once_differentiable misses a constant gradient."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} is differentiable once: not with create_graph=True")
+
+
+class FFTConv(torch.autograd.Function):
+    """Causal convolution by FFT, u (B, G, W, T), h (G, T) -> (B, G, W, T), fp32 or fp64.
+
+    Four real transforms of u's size. Autograd's backward of rfft would be a complex one. Keeps u's
+    spectrum: twice u. Differentiable once.
+    """
+    @staticmethod
+    def forward(ctx, u, h):
+        T = u.size(-1)
+        # 2T points: shorter transforms wrap the future around.
+        U = torch.fft.rfft(u, n=2 * T)
+        H = torch.fft.rfft(h, n=2 * T)[:, None]
+        ctx.save_for_backward(U, H)
+        return torch.fft.irfft(U * H, n=2 * T)[..., :T]
+
+    @staticmethod
+    def backward(ctx, dy):
+        only_once("AFNO's convolution by FFT")
+        U, H = ctx.saved_tensors
+        T = dy.size(-1)
+        dY = torch.fft.rfft(dy, n=2 * T)
+        # To correlate is to multiply by the conjugate.
+        dh = torch.fft.irfft((dY * U.conj()).sum((0, 2)), n=2 * T)[..., :T]
+        du = torch.fft.irfft(dY * H.conj(), n=2 * T)[..., :T]
+        return du, dh
+
+
 def fft_conv(u: Tensor, h: Tensor) -> Tensor:
     """Causal convolution by FFT, u (B, T, C), h (G, T) -> (B, T, C) in u's dtype.
 
     O(T log T) in fp32 (fp64 stays), causal up to rounding.
     """
-    B, T, C = u.shape
-    G = h.size(0)
     with torch.autocast(u.device.type, enabled=False):
-        x = u.transpose(1, 2).unflatten(1, (G, -1))                    # (B, G, C / G, T)
+        x = u.transpose(1, 2).unflatten(1, (h.size(0), -1))            # (B, G, C / G, T)
         x = x.to(torch.promote_types(u.dtype, torch.float32))
-        # 2T points: shorter transforms wrap the future around.
-        H = torch.fft.rfft(h.to(x.dtype), n=2 * T)
-        X = torch.fft.rfft(x, n=2 * T)
-        y = torch.fft.irfft(X * H[:, None], n=2 * T)[..., :T]
+        y = FFTConv.apply(x, h.to(x.dtype))
         return y.flatten(1, 2).transpose(1, 2).type_as(u)
 
 
@@ -470,10 +498,7 @@ class ChunkwiseRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dO, dS):
-        # By hand: once_differentiable would miss a constant dO.
-        if torch.is_grad_enabled():
-            raise RuntimeError("the chunkwise gated delta rule is differentiable once: not with "
-                               "create_graph=True")
+        only_once("the chunkwise gated delta rule")
         Q, K, b, D, since, left, P, M, S, E = ctx.saved_tensors
         with torch.autocast(dO.device.type, enabled=False):
             dO = dO.contiguous()

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, Rotary
-from kernels import (BACKENDS, FFT_FROM, DepthwiseCausalConv, NormedProduct, ToeplitzConv,
-                     auto_conv, fastest_conv, fft_conv, toeplitz_conv)
+from kernels import (BACKENDS, FFT_FROM, DepthwiseCausalConv, FFTConv, NormedProduct,
+                     ToeplitzConv, auto_conv, fastest_conv, fft_conv, toeplitz_conv)
 from parts import ShortConv
 from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
@@ -112,6 +112,12 @@ def test_afno_with_odd_poles_or_few_taps_equals_naive(knob):
     assert torch.allclose(m(x), afno_naive(m, x), rtol=1e-9, atol=1e-11)
 
 
+def test_the_fft_is_differentiable_once():
+    u, h = draw(1, 4, 2), draw(1, 4)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(fft_conv(u, h).sum(), u, create_graph=True)
+
+
 def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
@@ -165,6 +171,7 @@ def test_the_stream_is_as_narrow_as_products(knobs):
 
 @pytest.mark.parametrize("T", [1, 2, 5, 8])
 def test_gradcheck_of_the_handwritten_backwards(T, monkeypatch):
+    torch.autograd.gradcheck(FFTConv.apply, (draw(2, 3, 2, T), draw(3, T)))
     monkeypatch.setattr("kernels.BLOCK", 3)                    # several blocks at these lengths
     torch.autograd.gradcheck(ToeplitzConv.apply, (draw(3, T, 4), draw(3, T)))
     torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3)))
