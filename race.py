@@ -9,7 +9,8 @@ alternately, control s0, candidate s0, control s1, ..., each run in a process of
 OUT/VARIANT/sSEED. The same command goes on where it was stopped: finished runs are kept.
 
 --rates: on seed 0 alone every arm also runs at each of these rates, Muon's where it has Muon, else
-AdamW's. The best by final loss, its own rate counts, then runs with all seeds: ARM_lrRATE.
+AdamW's. The best, its own rate counts, then runs with all seeds: ARM_lrRATE. It is chosen by the
+mean training loss of the last quarter, for to choose by the validation tokens would flatter it.
 
 Losses are in nats per token. Tokens and seconds to the target are linear between validations of
 the seeds' mean curve, which ends where the runs do; in the last quarter these are five times as
@@ -142,6 +143,10 @@ def read_arms(args, shared: list[str]) -> list[Arm]:
             if getattr(arm.cfg, field) != getattr(arms[0].cfg, field):
                 fail(f"--{field} differs between control and {arm.name}, their losses would not "
                      "compare: give it once, outside the quotes")
+        lines = arm.cfg.num_iterations // arm.cfg.train_loss_every
+        if args.rates and not arm.cfg.minutes and lines < 16:
+            fail("--rates compares training losses of the last quarter, at least four lines: lower "
+                 f"--train_loss_every {arm.cfg.train_loss_every}")
         for rate in {arm.rate, *args.rates}:
             for seed in range(args.seeds):
                 refuse_other(arm, rate, seed, args.out)
@@ -255,7 +260,7 @@ def race(arms: list[Arm], args):
         for arm in arms:
             ran = [rate for rate in (arm.rate, *args.rates) if arm.variant(rate) in results]
             best[arm.name] = min(ran, default=arm.rate,
-                                 key=lambda rate: results[arm.variant(rate)][seed].loss)
+                                 key=lambda rate: results[arm.variant(rate)][seed].train)
     return results, missing, {arm.name: arm.variant(best[arm.name]) for arm in arms}
 
 

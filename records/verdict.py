@@ -33,6 +33,7 @@ class Result(NamedTuple):
     curve: dict          # {step: (million tokens, seconds, loss)}
     memory: str
     bits: float | None   # per byte, where the shards say how many bytes they are of
+    train: float         # mean training loss of the last quarter's lines
 
 
 def result(folder: Path) -> Result | None:
@@ -44,9 +45,13 @@ def result(folder: Path) -> Result | None:
         return None
     loss, params, tokens = final[-1]
     with (folder / "metrics.csv").open(newline="") as file:
-        bits = [row["bits_per_byte"] for row in csv.DictReader(file) if row["val_loss"]][-1]
+        rows = list(csv.DictReader(file))
+    bits = [row["bits_per_byte"] for row in rows if row["val_loss"]][-1]
+    late = [float(row["train_loss"]) for row in rows
+            if row["train_loss"] and int(row["tokens"]) > 0.75 * int(tokens)]
     return Result(float(loss), int(params), int(tokens), plot.csv_points(folder / "metrics.csv"),
-                  MEMORY.findall(text)[-1], float(bits) if bits else None)
+                  MEMORY.findall(text)[-1], float(bits) if bits else None,
+                  mean(late) if late else math.inf)
 
 
 def mean_curve(curves: list[dict]) -> list[tuple]:
@@ -172,8 +177,8 @@ def report(args, results: dict, missing: dict, best: dict) -> str:
             "." if args.target else ", where control's mean curve ends."))
     if args.rates:
         parts.append(f"Rates {', '.join(f'{rate:g}' for rate in args.rates)} and the recipe's own "
-                     "were tried on seed 0 alone, by its final validation loss, which flatters the "
-                     f"best. Best: {', '.join(best.values())}.")
+                     "were tried on seed 0 alone and chosen by its training losses in the last "
+                     f"quarter. Best: {', '.join(best.values())}.")
     parts += [f"Missing: {run}: {why}" for run, why in missing.items()]
     return "\n\n".join(parts)
 

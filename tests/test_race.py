@@ -86,7 +86,7 @@ def test_seeds_to_settle():
 
 
 def seeds(*losses):
-    return {seed: verdict.Result(loss, 5, 7, {}, "", None) for seed, loss in enumerate(losses)}
+    return {seed: verdict.Result(loss, 5, 7, {}, "", None, loss) for seed, loss in enumerate(losses)}
 
 
 @pytest.mark.parametrize("losses, words", [
@@ -103,6 +103,17 @@ def test_words_follow_the_numbers(losses, words):
 
 
 # ---------------- whole races
+
+def test_rates_are_chosen_by_their_training_losses(monkeypatch):
+    def run(arm, rate, seed, out, results, missing):
+        found = verdict.Result(rate, 5, 7, {}, "", None, train=1 / rate)
+        results.setdefault(arm.variant(rate), {})[seed] = found
+
+    monkeypatch.setattr(race, "train", run)
+    args = argparse.Namespace(seeds=2, rates=[0.1, 0.2, 0.05], out=None)
+    best = race.race([race.read_arm("control", "--mlp gelu", FLAGS)], args)[2]
+    assert best == {"control": "control_lr0.2"}
+
 
 def test_a_race_with_rates_becomes_a_record(tmp_path, inside, monkeypatch, capsys):
     root = tmp_path / "repository"
@@ -264,6 +275,7 @@ def test_a_step_that_fails_or_hangs_is_noted(tmp_path):
     ([*ARMS, "--target", "-1"], "--target -1.0"),
     ([*ARMS, "--rates", "0.1,x"], "--rates"),
     ([*ARMS, "--rates", "0.1,0"], "--rates"),
+    ([*ARMS, "--rates", "0.1", "--train_loss_every", "90"], "lower --train_loss_every 90"),
     ([*ARMS, "--seed", "3"], "--seed is what the race sets"),
     ([*ARMS, "--more", "--val_tokens 4096"], "--val_tokens differs between control and more1"),
     ([*ARMS, "--data", "/nowhere"], "/nowhere"),
