@@ -46,7 +46,7 @@ def test_log_is_complete(shards, tmp_path):
     text = (folder / "log.txt").read_text()
     parts = (
         "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents "
-        "flags machine shards log checkpoint"
+        "flags machine processes shards log checkpoint"
     )
     sources = gzip.decompress((folder / "sources.txt.gz").read_bytes()).decode()
     assert len(text) < 10_000 and text.startswith("=== config\n")
