@@ -6,7 +6,7 @@ import torch
 
 import processes
 import train_gpt2
-from processes import Buckets
+from processes import Buckets, compiler
 from tests.runs import TINY, checkpoint_loss, knobs_of, same_run, train, train_in_processes
 from train_gpt2 import GPT, OPTIMS, Config, backward
 
@@ -99,6 +99,24 @@ def test_out_of_memory_the_same_is_sent_in_the_same_order(wire, where):
     check_means(model)
     assert len(wire.sent) == len(undisturbed)
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(wire.sent, undisturbed))
+
+
+def test_with_several_processes_a_bucket_has_a_compiled_graph(wire, monkeypatch):
+    """Of one graph all gradients come at once, at the end. Nothing is generated here."""
+    wire.is_initialized = lambda: False
+    assert compiler() == "inductor"
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    wire.is_initialized = lambda: True
+    monkeypatch.setattr("torch._dynamo.backends.registry.lookup_backend",
+                        lambda backend: counted if backend == "inductor" else backend)
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64, bias=False) for _ in range(4)])
+    torch.compile(model, backend=compiler())(torch.ones(1, 64)).sum().backward()
+    assert len(graphs) == len(Buckets(model).buckets) == 4
 
 
 def any_pass_sends():
