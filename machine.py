@@ -1,4 +1,4 @@
-"""The machine: devices, precision, processes, memory, and what a log says of all."""
+"""The machine: devices, precision, memory, and what a log says of all."""
 import hashlib
 import math
 import os
@@ -6,12 +6,10 @@ import platform
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from flags import choices
 
@@ -68,50 +66,6 @@ def pick_device(name: str, local_rank: int, only_told: bool = False) -> torch.de
 def first_line(e: BaseException) -> str:
     """What an error says, short enough for a line of ours."""
     return (str(e) or type(e).__name__).splitlines()[0][:120]
-
-
-def process_numbers() -> tuple[int, int, int]:
-    """rank, local rank, processes, as torchrun sets them. SystemExit with one line for nonsense."""
-    numbers = []
-    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        text = os.environ.get(name, default)
-        if not text.isdecimal():
-            raise SystemExit(f"{name}={text} in the environment is no number: unset it, or start "
-                             "the run by torchrun")
-        numbers.append(int(text))
-    rank, _, world = numbers
-    if rank >= world:
-        raise SystemExit(f"RANK={rank} and WORLD_SIZE={world} in the environment do not fit: unset "
-                         "them, or start the run by torchrun")
-    return rank, numbers[1], world
-
-
-# How long processes wait for one another.
-JOIN = timedelta(minutes=10)
-
-
-def join_processes(device: torch.device, rank: int, world: int):
-    """SystemExit with one line where one of them does not come."""
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise SystemExit(f"WORLD_SIZE={world} in the environment, but no MASTER_ADDR and "
-                         "MASTER_PORT: unset it, or start the run by torchrun")
-    # Optimizers import it. If they do after init_process_group, something in it keeps the group:
-    # its threads outlive destroy_process_group and now and then abort a process that ends well.
-    import torch._dynamo  # noqa: F401
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store = {}
-    try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # Behind a restart torchrun's store still has the addresses of those before.
-            shared = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                   world, is_master=False, timeout=JOIN)
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-            store = dict(store=dist.PrefixStore(f"attempt {attempt}", shared), rank=rank,
-                         world_size=world)
-        dist.init_process_group(backend, timeout=JOIN, **store)
-    except RuntimeError as e:
-        raise SystemExit(f"process {rank + 1} of {world}: the others did not come within "
-                         f"{JOIN.seconds} s ({first_line(e)})") from None
 
 
 def is_out_of_memory(e: BaseException) -> bool:

@@ -51,14 +51,14 @@ from flags import check_settings, check_words, make_parser
 from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
 from log import TRACKERS, Log, per_byte
 from machine import (DEVICES, PRECISIONS, Clock, checksum, device_name, device_peak_flops,
-                     environment, first_line, graph_breaks, has_bf16, host_memory,
-                     is_out_of_memory, join_processes, peak_memory, pick_device, pick_precision,
-                     process_numbers)
+                     environment, graph_breaks, has_bf16, host_memory, is_out_of_memory,
+                     peak_memory, pick_device, pick_precision)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoConv, NoPositions, PolyNormMLP,
                    PreNorm, PrePostNorm, ReLU2, ShortConv, SinusoidalPositions, SwiGLU, hybrid_star,
                    keep_all, norm, recompute_block, recompute_high_rank)
+from processes import Buckets, compiler, join_processes, process_numbers
 from shards import bytes_a_token, open_data, refuse_changes, tokenizer_of
 
 ROOT = Path(__file__).resolve().parent
@@ -1221,7 +1221,7 @@ def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say
 
     # Graphs of one function: from torch's eighth on it would run uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    forward = torch.compile(model, dynamic=False)
+    forward = torch.compile(model, dynamic=False, backend=compiler())
     before = 0
     pieces = 1
     # Again from the first shape where a later one had to be cut.
@@ -1240,20 +1240,24 @@ def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say
     return forward, pieces
 
 
-def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say):
+def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say, buckets=None):
     """Gradients of a step -> its loss, into how many pieces its micro-batches had to be cut.
 
-    Out of memory, the step is done again by pieces of half as many rows: the same tokens.
+    Out of memory, the step is done again by pieces of half as many rows: the same tokens. With
+    several processes, whose buckets they are, the last pass sends its gradients off.
     """
     while True:
         try:
             loss = 0
-            for x, y, weight in micro_batches:
-                for inputs, targets, share in cut(x, y, pieces):
-                    with autocast():
-                        part = share * weight * forward(inputs, targets)
-                    part.backward()
-                    loss = loss + part.detach()
+            passes = [(inputs, targets, share * weight) for x, y, weight in micro_batches
+                      for inputs, targets, share in cut(x, y, pieces)]
+            for i, (inputs, targets, weight) in enumerate(passes, 1):
+                with autocast():
+                    part = weight * forward(inputs, targets)
+                if buckets:
+                    buckets.arm(last=i == len(passes))
+                part.backward()
+                loss = loss + part.detach()
             return loss, pieces
         except (MemoryError, RuntimeError) as e:
             most = max(len(x) for x, _, _ in micro_batches)
@@ -1289,20 +1293,6 @@ def change_of_rate(state, cfg: Config) -> str:
     if shares[0] == shares[1]:
         return ""
     return f"; the learning rate goes from {shares[0]:.3f} of its peak to {shares[1]:.3f}"
-
-
-def average(model: GPT, others, world: int):
-    """All-reduce gradients and other tensors at once; processes have weighed theirs by tokens."""
-    tensors = [p.grad for p in model.parameters()] + others
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError as e:
-        raise SystemExit(f"another process is gone ({first_line(e)}): go on from the last "
-                         "checkpoint by --resume auto") from None
-    means = (flat / world).split([tensor.numel() for tensor in tensors])
-    for tensor, mean in zip(tensors, means):
-        tensor.copy_(mean.view_as(tensor))
 
 
 def main(cfg: Config) -> float | None:
@@ -1389,6 +1379,7 @@ def train(cfg: Config, signals) -> float | None:
             say(f"note: not compiled as a whole: {reason}")
         torch.manual_seed(cfg.seed + rank)           # as if nothing had been drawn
     compile_time = clock.stop()
+    buckets = Buckets(model) if world > 1 else None
 
     # Where the run stands: all that a checkpoint holds besides weights, optimizers, random numbers
     start = 0
@@ -1468,11 +1459,12 @@ def train(cfg: Config, signals) -> float | None:
         # One training step
         set_schedule(optimizers, where, cfg)
         micro_batches, predictions = next(steps)
-        train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say)
+        train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say,
+                                      buckets)
         told = torch.tensor([float(signals.caught), clock.now()], pin_memory=device.type == "cuda")
         told = told.to(device, non_blocking=True)
-        if world > 1:
-            average(model, [train_loss, told], world)
+        if buckets:
+            buckets.average([train_loss, told])
         watch.look(step + 1, train_loss, told)
         clip_gradients(table, cfg)
         for opt in optimizers:

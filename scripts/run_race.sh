@@ -5,10 +5,16 @@
 #   SHARDS    training shards of 100M tokens to fetch
 # and, where they differ from what stands here, REPO and DATA (where the shards are, and go), VOCAB
 # (of the shards) and EXTRA (optional packages).
+# Who runs them may set GPUS, of this machine, and for several machines torchrun's NNODES, NODE_RANK,
+# MASTER_ADDR (of number 0) and MASTER_PORT. Number 0 writes the log, checkpoints and the sample;
+# --resume reads the same path on all of them.
 REPO=${REPO:-kjj0/fineweb10B-gpt2}
 DATA=${DATA:-data/fineweb10B}
 VOCAB=${VOCAB:-50257}
 GPUS=${GPUS:-1}
+NNODES=${NNODES:-1}
+NODE_RANK=${NODE_RANK-}
+MASTER_PORT=${MASTER_PORT:-29500}
 CUDA12_TORCH=2.10.0                      # the last one that pip installs with CUDA 12
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -51,7 +57,20 @@ if [[ $(value_of input_bin '' "$@")$(value_of input_val_bin '' "$@")$(value_of d
     vocab=()                             # shards of your own: nothing is fetched
     shards=()
 fi
-[[ $GPUS =~ ^[1-9][0-9]{0,3}$ ]] || fail "GPUS=$GPUS: how many GPUs? Give a number, 1 or more"
+some='^[1-9][0-9]{0,3}$'
+[[ $GPUS =~ $some ]] || fail "GPUS=$GPUS: how many GPUs? Give a number, 1 or more"
+[[ $NNODES =~ $some ]] || fail "NNODES=$NNODES: how many machines? Give a number, 1 or more"
+if ((NNODES == 1)); then
+    NODE_RANK=0
+elif [[ ! $only_tell ]]; then
+    if [[ ! $NODE_RANK =~ ^(0|[1-9][0-9]{0,3})$ ]] || ((NODE_RANK >= NNODES)); then
+        fail "NODE_RANK=$NODE_RANK: which of $NNODES machines is this? Give 0 to $((NNODES - 1))"
+    fi
+    [[ ${MASTER_ADDR-} ]] || fail "MASTER_ADDR= is empty: give the address of machine 0, to all"
+    if [[ ! $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ ]] || ((MASTER_PORT > 65535)); then
+        fail "MASTER_PORT=$MASTER_PORT: give a port of machine 0 that is free, 1 to 65535, to all"
+    fi
+fi
 
 # --------------------------------------------------------------------------------------------------
 # What the machine can do. A GPU that torch cannot use ends the script: what would run without it is
@@ -103,7 +122,7 @@ run() {                                  # prints a command as it can be typed, 
 }
 
 as_last_process() (                      # checks as the last of GPUS would, so too many are refused
-    export WORLD_SIZE=$GPUS RANK=0 LOCAL_RANK=$((GPUS - 1))
+    export WORLD_SIZE=$((GPUS * NNODES)) RANK=0 LOCAL_RANK=$((GPUS - 1))
     "$@"
 )
 
@@ -151,11 +170,17 @@ if [[ ! $resume ]]; then                 # by a name of its own, so that the sam
     checkpoint=${out:-.}/$name/model.pt
 fi
 as_last_process "$python" "$trainer" "${flags[@]}" --estimate
-launch=("$python")
-if ((GPUS > 1)); then
-    launch+=(-P -m torch.distributed.run --standalone --nproc_per_node="$GPUS")
+torchrun=("$python" -P -m torch.distributed.run --nproc_per_node="$GPUS")
+if ((NNODES > 1)); then
+    launch=("${torchrun[@]}" --nnodes="$NNODES" --node_rank="$NODE_RANK"
+            --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT")
+elif ((GPUS > 1)); then
+    launch=("${torchrun[@]}" --standalone)
+else
+    launch=("$python")
 fi
 run "${launch[@]}" "$trainer" "${flags[@]}"
+((NODE_RANK == 0)) || exit 0             # the checkpoint is there
 echo "a sample:"
 if [[ $resume == auto ]]; then           # which went on wrote last
     checkpoint=$(ls -t "${out:-.}"/*/model.pt | head -n 1)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import processes
 from shards import open_shards
 from tests.checks import small
 from train_gpt2 import GPT, ROOT, Config, Windows, evaluate, main
@@ -32,30 +34,50 @@ def train(out, **knobs):
     return loss, max(out.iterdir(), key=lambda d: d.stat().st_mtime_ns)
 
 
-def _process(rank, n, port, config):
+def _process(rank, n, port, config, fault):
     """One of n that torchrun would start."""
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                        MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    fault()
+    _train(config)
+
+
+def _train(config):
     torch.set_num_threads(1)
+    processes.BUCKET = 8192                                  # so that a tiny model has several
     main(Config(**config))
     # A thread of gloo's that outlives main may abort the process, when Python is gone beneath it.
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in names if "gloo" in name], names
 
 
-def train_in_processes(n, out, **knobs):
-    """The same by n processes -> the run's folder.
+def _node(node, nodes, n, port, config):
+    """What `torchrun --nnodes` does on one of the machines, with forks for its new Pythons."""
+    launch = LaunchConfig(min_nodes=nodes, max_nodes=nodes, nproc_per_node=n, run_id="none",
+                          rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{port}",
+                          rdzv_configs={"rank": node}, start_method="fork", max_restarts=0)
+    elastic_launch(launch, _train)(config)
 
-    Forked from a server that has imported torch once and trained nothing: a third of the time that
-    torchrun takes, which other tests start.
+
+def nothing():
+    pass
+
+
+def train_in_processes(n, out, nodes=1, fault=nothing, **knobs):
+    """The same by n processes on each of so many machines -> the run's folder.
+
+    Forked from a server that has imported torch once and trained nothing: a fifth of the time that
+    torchrun takes, which other tests start. fault: what each of them does first, on one machine.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.runs"])
+    server.set_forkserver_preload(["tests.runs", "torch._dynamo"])
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _process, (n, port, TINY | dict(output_dir=str(out)) | knobs), n,
-        start_method="forkserver")
+    config = TINY | dict(output_dir=str(out)) | knobs
+    function, count, arguments = _process, n, (n, port, config, fault)
+    if nodes > 1:
+        function, count, arguments = _node, nodes, (nodes, n, port, config)
+    torch.multiprocessing.start_processes(function, arguments, count, start_method="forkserver")
     return next(out.iterdir())
 
 

@@ -815,7 +815,13 @@ def test_an_odd_environment_is_one_line(shards, tmp_path, monkeypatch, env, word
 
 
 def test_a_process_that_never_comes_is_one_line():
-    code = ("import machine, datetime; machine.JOIN = datetime.timedelta(seconds=2)\n"
+    # Behind init_process_group torch._dynamo would leave threads: join_processes says more.
+    code = ("import processes, datetime, sys; processes.JOIN = datetime.timedelta(seconds=2)\n"
+            "join = processes.dist.init_process_group\n"
+            "def joins(*args, **more):\n"
+            "    assert 'torch._dynamo' in sys.modules\n"
+            "    join(*args, **more)\n"
+            "processes.dist.init_process_group = joins\n"
             "import train_gpt2; train_gpt2.main(train_gpt2.parse(['--device=cpu']))")
     env = os.environ | dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29751")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True,

@@ -300,19 +300,47 @@ def two_gpus(tmp_path):
                 CUDA_VISIBLE_DEVICES="0,1")
 
 
-@pytest.mark.parametrize("gpus", ["two", "0", 99 * "9"])
-def test_a_wrong_number_of_gpus_is_one_line(gpus):
-    refused(run("run_fftnet.sh", GPUS=gpus), f"GPUS={gpus}: ")
+# The second of two machines.
+SECOND = dict(NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+
+
+@pytest.mark.parametrize("wrong", [
+    "GPUS=two", "GPUS=0", "GPUS=" + 99 * "9", "NNODES=two", "NNODES=0", "NODE_RANK=2",
+    "NODE_RANK=", "NODE_RANK=-1", "NODE_RANK=01", "MASTER_ADDR=", "MASTER_PORT=65536",
+    "MASTER_PORT=http"])
+def test_a_wrong_number_of_gpus_or_machines_is_one_line(idle, wrong):
+    refused(run("run_fftnet.sh", **idle | SECOND | dict([wrong.split("=")])), wrong)
 
 
 def test_processes_that_cannot_share_a_step_are_refused(tmp_path):
-    done = run("run_fftnet.sh", "--output_dir", tmp_path, GPUS="3")
-    refused(done, "cannot be shared evenly by 3 processes")
+    """Those of all machines: one machine's alone could share it."""
+    done = run("run_fftnet.sh", "--output_dir", tmp_path, **SECOND | dict(NNODES="3", GPUS="8"))
+    refused(done, "cannot be shared evenly by 24 processes")
     assert not list(tmp_path.iterdir())
 
 
 def test_more_processes_than_gpus_are_refused(two_gpus):
-    refused(run("run_afno.sh", **two_gpus, GPUS="4"), "process 4 has no GPU: there are 2")
+    """On each machine."""
+    refused(run("run_afno.sh", **two_gpus, **SECOND, GPUS="4"), "process 4 has no GPU: there are 2")
+
+
+@pytest.mark.parametrize("env, words", [
+    (dict(GPUS="1", MASTER_ADDR="unread"), []),
+    (dict(GPUS="2"), "--nproc_per_node=2 --standalone".split()),
+    (SECOND | dict(GPUS="1"), "--nproc_per_node=1 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 "
+                              "--master_port=29500".split()),
+    (SECOND | dict(GPUS="4", NODE_RANK="0", MASTER_PORT="4000"),
+     "--nproc_per_node=4 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 "
+     "--master_port=4000".split()),
+])
+def test_what_torchrun_is_told(idle, env, words):
+    """And the first machine writes the sample."""
+    done = run("run_fftnet.sh", "--device=cpu", **idle, **env)
+    assert done.returncode == 0, done.stderr
+    train, *sample = (line.split() for line in done.stderr.splitlines() if line[0] == "+")
+    start = ["-P", "-m", "torch.distributed.run"] if words else []
+    assert train[2:train.index("train_gpt2.py")] == start + words
+    assert len(sample) == (env.get("NODE_RANK", "0") == "0")
 
 
 def test_with_a_gpu_the_race_is_all_that_is_told(two_gpus):

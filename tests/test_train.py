@@ -1,5 +1,4 @@
-"""Whole runs of main(): losses fall, the log is complete, and the split of a step over processes
-does not matter.
+"""Whole runs of main(): losses fall, the log is complete, and the split of a step does not matter.
 
 The golden curve changes only when the baseline's numbers are meant to: python -m tests.test_train
 """
@@ -16,8 +15,7 @@ import pytest
 import torch
 
 import checkpoint
-from tests.runs import (STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, train,
-                        train_in_processes, weights)
+from tests.runs import STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, train, weights
 from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config
 
 GOLDEN = Path(__file__).with_name("golden_attn.txt")
@@ -46,7 +44,7 @@ def test_log_is_complete(shards, tmp_path):
     text = (folder / "log.txt").read_text()
     parts = (
         "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents "
-        "flags machine shards log checkpoint"
+        "flags machine processes shards log checkpoint"
     )
     sources = gzip.decompress((folder / "sources.txt.gz").read_bytes()).decode()
     assert len(text) < 10_000 and text.startswith("=== config\n")
@@ -157,17 +155,6 @@ def test_gradient_accumulation(shards, tmp_path, optim):
     for loss, folder in runs[1:]:
         assert loss == pytest.approx(runs[0][0], abs=1e-5)
         same_run(folder, runs[0][1], 1e-4)
-
-
-@pytest.mark.parametrize("optim", OPTIMS)
-@pytest.mark.parametrize("row", ["attn", "afno"])
-def test_two_processes_train_like_one(shards, tmp_path, row, optim):
-    knobs = knobs_of(row, **shards, optim=optim, grad_clip=1.0)
-    loss, one = train(tmp_path / "one", **knobs)
-    two = train_in_processes(2, tmp_path / "two", **knobs)
-    same_run(one, two, 1e-4)
-    assert checkpoint_loss(two) == pytest.approx(loss, abs=1e-5)
-    assert len(list((tmp_path / "two").iterdir())) == 1     # one log, of rank 0
 
 
 def test_clipped_gradients_move_little(shards, tmp_path):
