@@ -380,7 +380,7 @@ def toeplitz_conv(u: Tensor, h: Tensor) -> Tensor:
 
 # The least length from which FFTs are faster, forward and backward; on a GPU an estimate: cuFFT is
 # fp32 and bound by memory traffic.
-FFT_FROM = {"cpu": 512}
+FFT_FROM = {"cpu": 256}
 FFT_FROM_ELSEWHERE = 2049
 
 
