@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """What x is multiplied by matrices in: autocast's dtype where it is on, else its own."""
     device = x.device.type
@@ -53,19 +54,28 @@ def cross_entropy_chunk(h: Tensor, W: Tensor, y: Tensor, n: Tensor, cap: float, 
     z[:, vocab:] = -math.inf
     # What exp is taken from: a soft-cap's own bound needs no pass for the largest logit.
     top = cap if 0 < cap <= LARGEST_BOUND else z.amax(dim=-1, keepdim=True)
-    e = (z - top).exp_()
+    at_target = z.gather(1, target)
+    e = z.sub_(top).exp_()
     s = e.sum(dim=-1, keepdim=True)
-    loss = torch.where(counts, top + s.log() - z.gather(1, target), 0).sum() / n
+    loss = torch.where(counts, top + s.log() - at_target, 0).sum() / n
     if not gradients:
         return loss, None, None
 
-    # dloss / dz = softmax(z) - onehot(target). By comparison: a scatter keeps Inductor from fusing.
-    dz = e.div_(s)
-    dz = torch.where(torch.arange(len(W), device=h.device) == target, dz - 1, dz)
+    # dloss / dz = (softmax(z) - onehot(target)) / n
+    share = counts / n
+    dz = minus_at(e.mul_(share / s), target, share)
     if cap:
         dz = dz.mul_(slope)
-    dz = dz.mul_(counts / n).to(h.dtype)
+    dz = dz.to(h.dtype)
     return loss, dz @ W, dz.T @ h
+
+
+def minus_at(p: Tensor, target: Tensor, share: Tensor) -> Tensor:
+    """p (rows, V) minus share (rows, 1) in the column that target (rows, 1) names."""
+    if not torch.compiler.is_compiling():
+        return p.scatter_add_(1, target, -share)
+    # By comparison, which fuses with its neighbours: a scatter does not. Eagerly it costs passes.
+    return torch.where(torch.arange(p.size(1), device=p.device) == target, p - share, p)
 
 
 def in_chunks(one_chunk, h: Tensor, W: Tensor, y: Tensor, cap: float, vocab: int, chunk: int,
