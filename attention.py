@@ -29,15 +29,16 @@ class Rotary(nn.Module):
             raise ValueError(f"rotary positions need heads of an even width, not {dim}: change "
                              "--n_head or --pos")
         angle = torch.arange(seq_len)[:, None] * base ** (-torch.arange(0, dim, 2) / dim)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        # For both halves: the first takes minus the second's sine.
+        self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
+        self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1), persistent=False)
 
     def forward(self, x: Tensor, at) -> Tensor:
         # The same for all heads: a dimension of size 1 in their place.
         cos = self.cos[at].unsqueeze(-3)
         sin = self.sin[at].unsqueeze(-3)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+        swapped = x.roll(x.size(-1) // 2, -1)
+        return torch.addcmul(x * cos, swapped, sin).type_as(x)
 
 
 class NoRotary(nn.Module):
