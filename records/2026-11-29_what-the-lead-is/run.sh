@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Runs this race again. PYTHON names a Python that has torch; extra arguments go to every run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+OMP_NUM_THREADS=1 "${PYTHON:-python}" race.py --data data/gutenberg_bytes --n_layer 4 --n_head 2 --n_embd 64 --sequence_length 512 --batch_size 8 --val_tokens 524288 --save_every 0 --num_iterations 480 --val_loss_every 160 --val_tail_every 160 --seeds 2 --out logs/lead --control '--mixer attn --short_conv' --candidate '--mixer afno,afno,attn,afno --short_conv --mlp_ratio 3.75' --more '--mixer attn --mlp_ratio 4.09375' --more '--mixer attn --short_conv --output_conv --mlp_ratio 3.9375' --more '--mixer attn_gated --short_conv --mlp_ratio 3.5' --more '--mixer afno,afno,attn,afno --short_conv --mlp_ratio 3.75 --afno_taps 1' --more '--mixer afno,afno,attn,afno --short_conv --mlp_ratio 3.75 --afno_taps 16' --more '--mixer afno,afno,attn,afno --short_conv --mlp_ratio 3.75 --afno_taps 64' --more '--mixer afno,afno,attn,afno --short_conv --mlp_ratio 3.75 --afno_taps 128' --more '--mixer afno,afno,attn,afno --short_conv --output_conv --mlp_ratio 3.703125' "$@"
