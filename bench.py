@@ -1,16 +1,19 @@
 """Speed, side by side: every contender runs in turn, so that a busy machine slows all alike.
 
     python bench.py gdn                         # the delta rule in chunks, token by token, theirs
-    python bench.py mixers --n_embd 512         # every row of MIXERS, as a ratio to attention
-    python bench.py cores --n_embd 768          # AFNO's convolution to attention's kernel, by T
+    python bench.py mixers --shortest 256       # every row of MIXERS, as a ratio to attention, by T
+    python bench.py cores --plot cores.png      # AFNO's convolution to attention's kernel, by T
+    python bench.py parts                       # where an attention and an AFNO layer spend theirs
     python bench.py scaling --mixer fftnet,attn # as many tokens in longer rows: linear or not?
     python bench.py compiled --mixer gdn        # by torch.compile and without, in longer rows
     python bench.py models --mixer 'attn;afno'  # whole models, small ones
     python bench.py decode                      # 512 tokens of d12: with states, and run anew
 
 Milliseconds, forward and backward (decode: forward), minimum and median over the repeats; trust the
-ratios, not the times. On CUDA under bf16 autocast, as in training. A new bench is a function that
-returns {contender: callable} and a row of BENCHES.
+ratios, not the times. Tokens a second by the minimum, and the most memory that was live at once
+beyond what the contender keeps. On CUDA under bf16 autocast, as in training. A new bench is a
+function that returns {contender: callable} and a row of BENCHES; names end in ", T n" where rows of
+several lengths are compared.
 """
 import argparse
 import importlib.util
@@ -19,6 +22,7 @@ import statistics
 import time
 from contextlib import nullcontext
 from functools import partial
+from itertools import accumulate, cycle
 
 import torch
 import torch.nn.functional as F
@@ -84,14 +88,25 @@ def passes(row, B, T, args, device, wrap=lambda mixer: mixer):
     return lambda: torch.autograd.grad(forward(x).sum(), [x, *mixer.parameters()])
 
 
+def lengths(args) -> list[int]:
+    """Tokens a row, doubling from --shortest to --sequence_length."""
+    T = args.shortest or args.sequence_length
+    found = []
+    while T <= args.sequence_length:
+        found.append(T)
+        T *= 2
+    return found
+
+
 def mixers(args, device):
-    """Every row of MIXERS on (batch_size, sequence_length, n_embd); attention is 1.00."""
+    """Every row of MIXERS on (batch_size, T, n_embd); attention of that length is 1.00."""
     rows = sorted(MIXERS, key=lambda row: row != "attn")
-    return {row: passes(row, args.batch_size, args.sequence_length, args, device) for row in rows}
+    return {f"{row}, T {T}": passes(row, args.batch_size, T, args, device)
+            for T in lengths(args) for row in rows}
 
 
 def cores(args, device):
-    """What mixes tokens, alone, in rows of 256 to sequence_length: attention's kernel is 1.00.
+    """What mixes tokens, alone: attention's kernel of that length is 1.00.
 
     Causal attention in heads of 64 channels; AFNO's convolution with 16 channels a kernel, as
     --afno_backend auto has it.
@@ -101,8 +116,7 @@ def cores(args, device):
     if C % 64:
         raise ValueError(f"{C} channels do not split into heads of 64: change --n_embd")
     contenders = {}
-    T = 256
-    while T <= args.sequence_length:
+    for T in lengths(args):
         heads = [torch.randn(B, C // 64, T, 64, device=device, requires_grad=True)
                  for _ in range(3)]
         u = torch.randn(B, T, C, device=device, requires_grad=True)
@@ -110,8 +124,45 @@ def cores(args, device):
         attention = partial(F.scaled_dot_product_attention, is_causal=True)
         contenders[f"attention, T {T}"] = partial(input_gradients, attention, heads)
         contenders[f"afno, T {T}"] = partial(input_gradients, BACKENDS["auto"], [u, h])
-        T *= 2
     return contenders
+
+
+def parts(args, device):
+    """What a layer of attention and one of AFNO are made of, each by itself."""
+    B = args.batch_size
+    T = args.sequence_length
+    C = args.n_embd
+    cfg = Config(mixer="attn,afno", n_layer=2, n_head=args.n_head, n_embd=C, sequence_length=T)
+    attn, afno = (build("mixer", row, cfg, C, T).to(device) for row in cfg.mixers)
+    view = attn.view(T, None, torch.device(device))
+
+    def draw(*shape):
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    heads = [draw(B, args.n_head, T, C // args.n_head) for _ in range(3)]
+    x, y, u, z = draw(B, T, C), draw(B, T, C), draw(B, T, C), draw(B, T, 3 * C)
+    h = draw(C // 16, T)
+    found = {
+        "attn: q, k, v": (attn.qkv, [x]),
+        "attn: norms, rotary": (lambda z: torch.cat(attn.heads(z, None, view.at)), [z]),
+        "attn: kernel": (view.kernel, heads),
+        "attn: output": (attn.proj, [y]),
+        "afno: q, k, v": (afno.qkv, [x]),
+        "afno: short convolution": (afno.short_conv, [z]),
+        "afno: norms of k, v": (lambda z: afno.gate(z)[1], [z]),
+        "afno: kernels": (afno.kernel, []),
+        "afno: convolution": (afno.conv, [u, h]),
+        "afno: gate, output": (lambda u, y: afno.proj(y * torch.addcmul(u, afno.D, u)), [u, y]),
+    }
+    whole = {row: passes(row, B, T, args, device) for row in ("attn", "afno")}
+    return whole | {name: partial(part_gradients, function, inputs, afno)
+                    for name, (function, inputs) in found.items()}
+
+
+def part_gradients(function, inputs, afno):
+    """With those of the generator where the kernels are what is made."""
+    weights = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+    return torch.autograd.grad(function(*inputs).sum(), [*inputs, *weights])
 
 
 def input_gradients(function, inputs):
@@ -202,10 +253,13 @@ def run_anew(model, idx, every):
         model(idx[:, :t])
 
 
-BENCHES = {"gdn": gdn, "mixers": mixers, "cores": cores, "scaling": scaling,
+BENCHES = {"gdn": gdn, "mixers": mixers, "cores": cores, "parts": parts, "scaling": scaling,
            "compiled": compiled, "models": models, "decode": decode}
-# What a contender's time is divided by, where it is not the first row's.
-BASES = {"cores": lambda name: "attention, T " + name.split(" T ")[1]}
+# Whose times of the same length are the base, where it is not the first row.
+BASES = {"cores": "attention", "mixers": "attn"}
+# How many tokens a call has, where it is not batch_size rows of T.
+TOKENS = {"scaling": lambda args, T: 8 * args.batch_size * args.sequence_length,
+          "decode": lambda args, T: 512 * args.batch_size}
 
 
 def measure(contenders, repeats, device):
@@ -232,9 +286,54 @@ def measure(contenders, repeats, device):
     return times
 
 
+@torch.no_grad()
+def peak(run, device) -> int:
+    """The most bytes that one call had live at once, beyond those that were before it."""
+    with torch.enable_grad():
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(profile_memory=True) as seen:
+            run()
+    live = [event.nbytes() for event in seen.profiler.kineto_results.events()
+            if event.name() == "[memory]"]
+    return max(accumulate(live), default=0)
+
+
+def draw(times, path: str):
+    """Times of contenders "NAME, T n" against T, both logarithmic."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise SystemExit("--plot needs an optional package: pip install matplotlib") from None
+    curves = {}
+    for name, ms in times.items():
+        row, T = name.split(", T ")
+        curves.setdefault(row, []).append((int(T), min(ms)))
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    grey = "#727A84"
+    for (row, points), colour in zip(curves.items(), cycle(COLOURS)):
+        axes.loglog(*zip(*points), color=colour, marker="o", base=2)
+        axes.annotate(f" {row}", points[-1], color=colour, weight="bold", va="center")
+    axes.set_xlabel("tokens a row", color=grey)
+    axes.set_ylabel("ms, forward and backward", color=grey)
+    axes.tick_params(which="both", colors=grey)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(grey)
+    axes.margins(x=0.15)
+    figure.savefig(path, dpi=150, transparent=True)
+
+
+# The contrast is 4.3 to 1, to white as to GitHub's dark pages.
+COLOURS = "#1279DF", "#D7480B", "#078B5A", "#CA4793", "#A46F04", "#915FD7"
 SIZES = dict(n_embd=512, n_head=8, batch_size=2, sequence_length=1024, repeats=5, threads=1)
 # Where a bench has sizes of its own.
-OWN = {"decode": dict(n_embd=768, n_head=12, batch_size=1, repeats=1, mixer="attn,afno")}
+OWN = {"cores": dict(n_embd=768, batch_size=1, shortest=256, sequence_length=16384, repeats=3),
+       "parts": dict(n_embd=768, n_head=12),
+       "decode": dict(n_embd=768, n_head=12, batch_size=1, repeats=1, mixer="attn,afno")}
 
 
 def parse(argv=None):
@@ -246,6 +345,11 @@ def parse(argv=None):
         parser.add_argument("--" + name, type=int, default=default, help="default: %(default)s")
     parser.add_argument("--mixer", default="fftnet",
                         help="rows of MIXERS for scaling, models, decode; default: %(default)s")
+    parser.add_argument("--shortest", type=int, default=0,
+                        help="tokens a row that lengths double from, for mixers, cores; default: "
+                             "sequence_length, of cores 256")
+    parser.add_argument("--plot", metavar="FILE.png", default="",
+                        help="draw mixers or cores, log-log")
     parser.add_argument("--device", default="cpu",
                         help="auto, cpu, cuda or mps; default: %(default)s")
     bench = parser.parse_args(argv).bench
@@ -269,16 +373,23 @@ def main(argv=None):
     print(f"{args.bench}: B {args.batch_size}, T {args.sequence_length}, C {args.n_embd}, "
           f"H {args.n_head}, {args.repeats} repeats, {args.threads} threads, "
           f"{device_name(device)}, torch {torch.__version__}")
-    print(f"{'':26}{'min ms':>10}{'median ms':>11}{'ratio':>9}{'ratio':>9}   "
-          "ratios to the first row (cores: of that T), min and median")
+    print(f"{'':26}{'min ms':>10}{'median ms':>11}{'ratio':>9}{'ratio':>9}{'tok/s':>11}{'MiB':>8}"
+          "   ratios to the first row (mixers, cores: of that T), min and median")
     times = measure(contenders, args.repeats, device)
     first = next(iter(times))
     for name, ms in times.items():
-        base = times[BASES.get(args.bench, lambda name: first)(name)]
+        T = int(name.split(", T ")[1].split(",")[0]) if ", T " in name else args.sequence_length
+        base = times[f"{BASES[args.bench]}, T {T}" if args.bench in BASES else first]
         least = min(ms)
         median = statistics.median(ms)
+        tokens = TOKENS.get(args.bench, lambda args, T: args.batch_size * T)(args, T)
+        rate = f"{1e3 * tokens / least:.0f}"
+        # Decoding takes too long to run once more.
+        memory = "" if args.bench == "decode" else f"{peak(contenders[name], device) / 2**20:.0f}"
         print(f"{name:26}{least:10.1f}{median:11.1f}{least / min(base):9.2f}"
-              f"{median / statistics.median(base):9.2f}")
+              f"{median / statistics.median(base):9.2f}{rate:>11}{memory:>8}")
+    if args.plot:
+        draw(times, args.plot)
 
 
 if __name__ == "__main__":
