@@ -11,6 +11,7 @@ if [[ " $* " =~ \ --mixer[=\ ](afno|fftnet|gdn|,)+\  ]]; then
 fi
 RACE=(
     --model d12
+    # No other places of attention ended more than 0.01 lower: records/2026-11-29_placement
     --mixer 'afno,afno,afno,attn'
     ${ATTENTION[@]+"${ATTENTION[@]}"}
     # The largest gain of the small races, for attention still more than for AFNO:
@@ -45,6 +46,9 @@ RACE=(
     --train_loss_every 25
     --target_val_loss 3.3821
 )
-EMBEDDED=(--target_val_loss 1.8857)      # where nanoGPT's CPU recipe ends
+EMBEDDED=(
+    --output_conv                        # 0.02 there
+    --target_val_loss 1.8857             # where nanoGPT's CPU recipe ends
+)
 SHARDS=9                                 # 0.9B tokens
 source "$(dirname "$0")/scripts/run_race.sh"

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Runs this race again. PYTHON names a Python that has torch; extra arguments go to every run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+OMP_NUM_THREADS=1 "${PYTHON:-python}" race.py --data data/gutenberg_bytes --n_layer 12 --n_head 2 --n_embd 64 --sequence_length 256 --batch_size 16 --val_tokens 524288 --save_every 0 --num_iterations 300 --val_loss_every 150 --val_tail_every 150 --seeds 1 --out logs/placement --control '--mixer attn --short_conv' --candidate '--mixer afno,afno,afno,attn --short_conv --mlp_ratio 3.765625' --more '--mixer afno,attn,afno,afno --short_conv --mlp_ratio 3.765625' --more '--mixer afno,attn --short_conv --mlp_ratio 3.84375' --more '--mixer afno,afno,afno,afno,afno,afno,attn,attn,attn,attn,attn,attn --short_conv --mlp_ratio 3.84375' --more '--mixer attn,attn,attn,attn,attn,attn,afno,afno,afno,afno,afno,afno --short_conv --mlp_ratio 3.84375' --more '--mixer afno,afno,attn,afno,afno,afno --short_conv --mlp_ratio 3.734375' --more '--mixer afno,afno,afno,afno,afno,afno,afno,attn,afno,afno,afno,afno --short_conv --mlp_ratio 3.703125' "$@"
