@@ -241,7 +241,7 @@ def test_an_estimate_tells_first_what_runs_here():
     # What only the race refuses is no fault of the run here.
     done = run("run_afno.sh", "--estimate", "--num_iterations", 1000)
     assert done.returncode == 0 and " in 1,000 steps" in done.stdout
-    assert done.stderr.splitlines()[-1].endswith("2400 steps of warm-up and warm-down "
+    assert done.stderr.splitlines()[-1].endswith("2300 steps of warm-up and warm-down "
                                                  "(--help lists the flags)")
 
 
@@ -353,7 +353,7 @@ def test_shards_are_fetched_into_the_repository(idle, tmp_path):
     done = run("run_afno.sh", **idle, cwd=tmp_path)
     assert done.returncode == 9 and done.stdout == ""
     line, = done.stderr.splitlines()
-    assert line.endswith(f" {ROOT}/data/fineweb.py 11 --repo kjj0/fineweb10B-gpt2 --out "
+    assert line.endswith(f" {ROOT}/data/fineweb.py 9 --repo kjj0/fineweb10B-gpt2 --out "
                          f"{ROOT}/data/fineweb10B")
     for own in ("--input_bin=my.bin", "--data=mine"):
         done = run("run_afno.sh", own, **idle)
