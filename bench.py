@@ -10,8 +10,8 @@
     python bench.py decode                      # 512 tokens of d12: with states, and run anew
 
 Milliseconds, forward and backward (decode: forward), minimum and median over the repeats; trust the
-ratios, not the times. Tokens a second by the minimum, and the most memory that was live at once
-beyond what the contender keeps. On CUDA under bf16 autocast, as in training. A new bench is a
+ratios, not the times. Tokens a second by the minimum; MiB is the most memory that a call had live
+at once. On CUDA under bf16 autocast, as in training. A new bench is a
 function that returns {contender: callable} and a row of BENCHES; names end in ", T n" where rows of
 several lengths are compared.
 """
@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import inspect
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -30,7 +31,11 @@ import torch.nn.functional as F
 from deltanet import gated_delta_rule, gated_delta_rule_naive
 from kernels import BACKENDS
 from machine import device_name, pick_device
-from train_gpt2 import GPT, MIXERS, Config, build
+from train_gpt2 import GPT, MIXERS, ROOT, Config, build
+
+# A script, whose neighbours it imports by their names.
+sys.path.append(str(ROOT / "records"))
+import plot
 
 
 def gdn(args, device):
@@ -90,12 +95,9 @@ def passes(row, B, T, args, device, wrap=lambda mixer: mixer):
 
 def lengths(args) -> list[int]:
     """Tokens a row, doubling from --shortest to --sequence_length."""
-    T = args.shortest or args.sequence_length
-    found = []
-    while T <= args.sequence_length:
-        found.append(T)
-        T *= 2
-    return found
+    first = args.shortest or args.sequence_length
+    doublings = (args.sequence_length // first).bit_length()
+    return [first * 2**n for n in range(doublings)]
 
 
 def mixers(args, device):
@@ -142,31 +144,34 @@ def parts(args, device):
     heads = [draw(B, args.n_head, T, C // args.n_head) for _ in range(3)]
     x, y, u, z = draw(B, T, C), draw(B, T, C), draw(B, T, C), draw(B, T, 3 * C)
     h = draw(C // 16, T)
+    def projections(mixer):
+        return [layer.weight for layer in (mixer.q, mixer.k, mixer.v)]
+
+    def norms(z):
+        return torch.cat(attn.heads(z, None, view.at))
+
+    def gated(q, y, u):
+        return afno.proj(q * torch.addcmul(y, afno.D, u))
+
+    # {part: (function, its inputs, its weights)}
     found = {
-        "attn: q, k, v": (attn.qkv, [x]),
-        "attn: norms, rotary": (lambda z: torch.cat(attn.heads(z, None, view.at)), [z]),
-        "attn: kernel": (view.kernel, heads),
-        "attn: output": (attn.proj, [y]),
-        "afno: q, k, v": (afno.qkv, [x]),
-        "afno: short convolution": (afno.short_conv, [z]),
-        "afno: norms of k, v": (lambda z: afno.gate(z)[1], [z]),
-        "afno: kernels": (afno.kernel, []),
-        "afno: convolution": (afno.conv, [u, h]),
-        "afno: gate, output": (lambda u, y: afno.proj(y * torch.addcmul(u, afno.D, u)), [u, y]),
+        "attn: q, k, v": (attn.qkv, [x], projections(attn)),
+        "attn: norms, rotary": (norms, [z], []),
+        "attn: kernel": (view.kernel, heads, []),
+        "attn: output": (attn.proj, [y], [attn.proj.weight]),
+        "afno: q, k, v": (afno.qkv, [x], projections(afno)),
+        "afno: short convolution": (afno.short_conv, [z], [afno.short_conv.weight]),
+        "afno: norms of k, v": (lambda z: afno.gate(z)[1], [z], []),
+        "afno: kernels": (afno.kernel, [], [*afno.kernel.parameters()]),
+        "afno: convolution": (afno.conv, [u, h], []),
+        "afno: gate, output": (gated, [x, y, u], [afno.D, afno.proj.weight]),
     }
     whole = {row: passes(row, B, T, args, device) for row in ("attn", "afno")}
-    return whole | {name: partial(part_gradients, function, inputs, afno)
-                    for name, (function, inputs) in found.items()}
+    return whole | {name: partial(input_gradients, *part) for name, part in found.items()}
 
 
-def part_gradients(function, inputs, afno):
-    """With those of the generator where the kernels are what is made."""
-    weights = list(function.parameters()) if isinstance(function, torch.nn.Module) else []
+def input_gradients(function, inputs, weights=()):
     return torch.autograd.grad(function(*inputs).sum(), [*inputs, *weights])
-
-
-def input_gradients(function, inputs):
-    return torch.autograd.grad(function(*inputs).sum(), inputs)
 
 
 def scaling(args, device):
@@ -262,6 +267,10 @@ TOKENS = {"scaling": lambda args, T: 8 * args.batch_size * args.sequence_length,
           "decode": lambda args, T: 512 * args.batch_size}
 
 
+def precision(device):
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
 def measure(contenders, repeats, device):
     """{name: milliseconds of each repeat}, interleaved.
 
@@ -269,14 +278,11 @@ def measure(contenders, repeats, device):
     last one gave back.
     """
     times = {name: [] for name in contenders}
-    precision = nullcontext()
-    if device.type == "cuda":
-        precision = torch.autocast("cuda", torch.bfloat16)
     for _ in range(repeats):
         for name, run in contenders.items():
             for timed in (False, True):
                 start = time.perf_counter()
-                with precision:
+                with precision(device):
                     run()
                 if device.type != "cpu":
                     getattr(torch, device.type).synchronize()
@@ -286,49 +292,41 @@ def measure(contenders, repeats, device):
     return times
 
 
-@torch.no_grad()
 def peak(run, device) -> int:
     """The most bytes that one call had live at once, beyond those that were before it."""
-    with torch.enable_grad():
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with precision(device):
             run()
-            return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(profile_memory=True) as seen:
-            run()
-    live = [event.nbytes() for event in seen.profiler.kineto_results.events()
-            if event.name() == "[memory]"]
-    return max(accumulate(live), default=0)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as seen:
+        run()
+    # Of torch's allocator: what libraries take for themselves is not there.
+    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events()
+             if event.name() == "[memory]"]
+    return max(accumulate(sizes), default=0)
 
 
 def draw(times, path: str):
-    """Times of contenders "NAME, T n" against T, both logarithmic."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise SystemExit("--plot needs an optional package: pip install matplotlib") from None
+    """Fastest times of contenders "NAME, T n" against T, both logarithmic."""
+    from matplotlib import pyplot as plt
     curves = {}
     for name, ms in times.items():
         row, T = name.split(", T ")
         curves.setdefault(row, []).append((int(T), min(ms)))
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    grey = "#727A84"
-    for (row, points), colour in zip(curves.items(), cycle(COLOURS)):
-        axes.loglog(*zip(*points), color=colour, marker="o", base=2)
-        axes.annotate(f" {row}", points[-1], color=colour, weight="bold", va="center")
-    axes.set_xlabel("tokens a row", color=grey)
-    axes.set_ylabel("ms, forward and backward", color=grey)
-    axes.tick_params(which="both", colors=grey)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(grey)
-    axes.margins(x=0.15)
-    figure.savefig(path, dpi=150, transparent=True)
+    with plt.rc_context(plot.STYLE | {"axes.grid.axis": "both"}):
+        figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+        for (row, points), colour in zip(curves.items(), cycle(plot.COLOURS)):
+            axes.plot(*zip(*points), color=colour, linewidth=2.2, marker="o")
+            axes.annotate(f"  {row}", points[-1], color=colour, weight="bold", va="center")
+        axes.set(xlabel="tokens a row", ylabel="ms, forward and backward", yscale="log")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([T for T, _ in points], [f"{T:,}" for T, _ in points])
+        axes.margins(x=0.15)
+        plot.save(figure, path)
 
 
-# The contrast is 4.3 to 1, to white as to GitHub's dark pages.
-COLOURS = "#1279DF", "#D7480B", "#078B5A", "#CA4793", "#A46F04", "#915FD7"
 SIZES = dict(n_embd=512, n_head=8, batch_size=2, sequence_length=1024, repeats=5, threads=1)
 # Where a bench has sizes of its own.
 OWN = {"cores": dict(n_embd=768, batch_size=1, shortest=256, sequence_length=16384, repeats=3),
@@ -363,6 +361,10 @@ def parse(argv=None):
 
 def main(argv=None):
     parser, args = parse(argv)
+    if args.plot and args.bench not in BASES:
+        parser.error(f"--plot draws {' and '.join(BASES)}, not {args.bench}: leave it out")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs an optional package: pip install matplotlib")
     device = pick_device(args.device, 0)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

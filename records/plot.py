@@ -39,6 +39,11 @@ PICTURE = re.compile(r"<!-- picture: (.*?) -->")
 COLOURS = "#1279DF", "#D7480B", "#078B5A", "#CA4793", "#A46F04", "#915FD7"
 GREY = "#727A84"
 MARKERS = "os^DvP"
+# matplotlib's settings of every picture.
+STYLE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
+                       "ytick.color", "grid.color"), GREY)
+STYLE |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+          "axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.25}
 
 
 class Run(NamedTuple):
@@ -204,33 +209,34 @@ def chosen(args):
     return curves(paths, names, dict(args.ms))
 
 
+def save(figure, out):
+    """The figure as a transparent picture, in 256 colours if it is a PNG: a quarter of the bytes."""
+    from matplotlib import pyplot as plt
+    from PIL import Image
+    figure.savefig(out, dpi=150, transparent=True)
+    plt.close(figure)
+    if Path(out).suffix == ".png":
+        with Image.open(out) as image:
+            image.quantize(256, Image.Quantize.FASTOCTREE).save(out, optimize=True)
+
+
 def picture(args):
     """Draws args.out. Raises SystemExit if matplotlib is missing, or as curves()."""
     try:
         from matplotlib import pyplot as plt
-        from PIL import Image
     except ImportError:
         raise SystemExit("matplotlib is not installed: pip install matplotlib") from None
     runs, unit, why = chosen(args)
     if why and not args.seconds:
         print(f"{args.out}: no panel of seconds: {why}", file=sys.stderr)
     panels = ["{0}  {1:.3f}"] if why and not args.seconds else ["{1:.3f}", "{0}"]
-    paint = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color",
-                           "ytick.color", "grid.color"), GREY)
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-             "axes.grid": True, "axes.grid.axis": "y", "grid.alpha": 0.25}
-    with plt.rc_context(paint | style):
+    with plt.rc_context(STYLE):
         figure, row = plt.subplots(1, len(panels), figsize=(10, 4.6), squeeze=False, sharey=True)
         row[0][0].set_ylabel(f"validation loss, nats per {unit}")
         for axis, form in enumerate(panels):
             draw(row[0][axis], runs, form, dict(args.mark), axis, unit)
         figure.tight_layout(w_pad=3)
-        figure.savefig(args.out, dpi=150, transparent=True)
-        plt.close(figure)
-    if Path(args.out).suffix == ".png":
-        # 256 colours are enough, and a quarter of the bytes
-        with Image.open(args.out) as image:
-            image.quantize(256, Image.Quantize.FASTOCTREE).save(args.out, optimize=True)
+        save(figure, args.out)
     print(args.out)
 
 

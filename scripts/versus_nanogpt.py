@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import math
-import shlex
 import statistics
 import sys
 import tempfile
@@ -26,13 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2
+from scripts.gpu_check import short
 from tests.nanogpt import NanoGPT, Trainer
 from tests.runs import recipe
 
-# The public baseline, without what belongs to its size and its data.
-BASELINE = ("--mixer attn --mlp gelu --mlp_ratio 4 --pos rope --tie_embeddings --no-pad_vocab "
-            "--no-embed_norm --logit_softcap 0 --no-zero_init --branch_scale --head_norm none "
-            "--optim adamw --learning_rate 0.001 --weight_decay 0.1 --grad_clip 1")
 # Layers, heads, channels, vocabulary, tokens, rows, pairs
 SIZES = {
     "0.8M, T 64": (4, 4, 128, 256, 64, 12, 300),
@@ -83,10 +79,10 @@ def in_turn(contenders, pairs: int) -> dict:
     return {name: times[WARMING:WARMING + pairs] for name, times in seconds.items()}
 
 
-def ours(flags: str, folder: Path, steps: int):
+def ours(flags: list[str], folder: Path, steps: int):
     """train_gpt2's own loop as a contender: its steps begin with the schedule."""
-    cfg = train_gpt2.parse(shlex.split(flags) + [
-        "--data", str(folder), "--output_dir", str(folder), "--num_iterations", str(steps),
+    cfg = train_gpt2.parse([
+        *flags, "--data", str(folder), "--output_dir", str(folder), "--num_iterations", str(steps),
         "--val_loss_every", "0", "--save_every", "0", "--val_tokens", "2048",
         "--val_batch_size", "1", "--train_loss_every", "10"])
 
@@ -149,10 +145,10 @@ def steps():
         with tempfile.TemporaryDirectory() as folder:
             tokens = random_shards(Path(folder), V)
             n = WARMING + pairs + 1
-            sizes = (f" --n_layer {L} --n_head {H} --n_embd {C} --sequence_length {T} "
-                     f"--batch_size {B}")
+            sizes = f"--n_layer {L} --n_head {H} --n_embd {C} --sequence_length {T} --batch_size {B}"
+            flags = short("run_attn.sh", False, *sizes.split())
             model = NanoGPT(L, H, C, V, T)
-            runs = {"ours": ours(BASELINE + sizes, Path(folder), n),
+            runs = {"ours": ours(flags, Path(folder), n),
                     "nanoGPT": theirs(Trainer(model, tokens, B, T), n)}
             compare(title, runs, pairs)
 
@@ -163,9 +159,9 @@ def mixers():
             random_shards(Path(folder), 256)
             pairs = 60 * 256 // T
             n = WARMING + pairs + 1
-            flags = f"--sequence_length {T} --batch_size 8 --mixer "
-            runs = {mixer: ours(flags + extra, Path(folder), n) for mixer, extra in
-                    {"afno": "afno", "attention": "attn --short_conv"}.items()}
+            flags = ["--sequence_length", str(T), "--batch_size", "8", "--mixer"]
+            runs = {"afno": ours([*flags, "afno"], Path(folder), n),
+                    "attention": ours([*flags, "attn", "--short_conv"], Path(folder), n)}
             compare(f"0.9M, T {T}", runs, pairs)
 
 

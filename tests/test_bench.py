@@ -30,6 +30,22 @@ def test_a_bench_has_its_rows(name, rows, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + rows
 
 
+def test_parts_count_the_gradients_of_their_weights():
+    args = bench.parse(["parts", "--n_embd", "32", "--n_head", "2", "--sequence_length", "8"])[1]
+    found = bench.parts(args, torch.device("cpu"))
+    sizes = {name: sum(grad.numel() for grad in run()) for name, run in found.items()}
+    for row in "attn", "afno":
+        parts = [run for name, run in found.items() if name.startswith(row + ":")]
+        inputs = sum(x.numel() for run in parts for x in run.args[1])
+        weights = sum(sizes[name] for name in sizes if name.startswith(row + ":")) - inputs
+        assert weights == sizes[row] - 2 * 8 * 32    # all of the layer's, and once
+
+def test_a_plot_of_other_benches_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["parts", "--plot", "parts.png"])
+    assert "--plot draws cores and mixers, not parts" in capsys.readouterr().err
+
+
 def test_the_peak_is_what_was_live_at_once():
     def run():
         for _ in range(3):
