@@ -356,6 +356,9 @@ def parse(argv=None):
     for name in SIZES:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if not 0 <= args.shortest <= args.sequence_length:
+        parser.error(f"--shortest {args.shortest} is not between 0 and --sequence_length "
+                     f"{args.sequence_length}: change one")
     return parser, args
 
 

@@ -40,10 +40,15 @@ def test_parts_count_the_gradients_of_their_weights():
         weights = sum(sizes[name] for name in sizes if name.startswith(row + ":")) - inputs
         assert weights == sizes[row] - 2 * 8 * 32    # all of the layer's, and once
 
-def test_a_plot_of_other_benches_is_refused(capsys):
+@pytest.mark.parametrize("flags, words", [
+    (["parts", "--plot", "parts.png"], "--plot draws cores and mixers, not parts"),
+    (["mixers", "--shortest", "2048"], "--shortest 2048 is not between 0 and"),
+    (["mixers", "--shortest", "-1"], "--shortest -1 is not between 0 and"),
+], ids=str)
+def test_bad_input_is_one_line(flags, words, capsys):
     with pytest.raises(SystemExit):
-        bench.main(["parts", "--plot", "parts.png"])
-    assert "--plot draws cores and mixers, not parts" in capsys.readouterr().err
+        bench.main(flags)
+    assert words in capsys.readouterr().err
 
 
 def test_the_peak_is_what_was_live_at_once():
