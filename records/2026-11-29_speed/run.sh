@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Measures again what the .txt files here hold: about half an hour. PYTHON names a Python that has
+# torch and matplotlib.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export OMP_NUM_THREADS=1
+python=${PYTHON:-python}
+here=records/2026-11-29_speed
+
+"$python" bench.py cores --plot $here/cores.png > $here/cores.txt
+"$python" bench.py parts > $here/parts.txt
+"$python" bench.py models --mixer "attn;afno;afno,afno,afno,attn" --n_embd 128 --n_head 4 \
+    --batch_size 8 --repeats 40 --sequence_length 256 > $here/models.txt
+"$python" scripts/versus_nanogpt.py steps > $here/steps.txt
+"$python" scripts/versus_nanogpt.py mixers > $here/mixers.txt
+"$python" scripts/versus_nanogpt.py face --threads 2 > $here/face.txt
