@@ -47,7 +47,7 @@ RACE=(
     --target_val_loss 3.3821
 )
 EMBEDDED=(
-    --output_conv                        # 0.02 there
+    --output_conv                        # 0.01 there: records/2026-11-29_face
     --target_val_loss 1.8857             # where nanoGPT's CPU recipe ends
 )
 SHARDS=9                                 # 0.9B tokens
