@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, Rotary
-from kernels import (BACKENDS, FFT_FROM, DepthwiseCausalConv, FFTConv, NormedProduct,
+from kernels import (BACKENDS, FFT_FROM, DepthwiseCausalConv, FFTConv, NormedProduct, RMSNorm,
                      ToeplitzConv, auto_conv, fastest_conv, fft_conv, toeplitz_conv)
-from parts import ShortConv
+from parts import ShortConv, norm
 from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
                         build_optimizers, roles)
@@ -112,10 +112,23 @@ def test_afno_with_odd_poles_or_few_taps_equals_naive(knob):
     assert torch.allclose(m(x), afno_naive(m, x), rtol=1e-9, atol=1e-11)
 
 
-def test_the_fft_is_differentiable_once():
-    u, h = draw(1, 4, 2), draw(1, 4)
+@pytest.mark.parametrize("f", [norm, lambda u: fft_conv(u, draw(1, 4))])
+def test_what_is_differentiable_once_says_so(f):
+    u = draw(1, 4, 2)
     with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(fft_conv(u, h).sum(), u, create_graph=True)
+        torch.autograd.grad(f(u).sum(), u, create_graph=True)
+
+
+def test_norm_is_torchs_rms_norm():
+    x = draw(2, 3, 8)
+    with torch.no_grad():
+        x[0, 0] = 0
+    twin = F.rms_norm(x, (8,), eps=1e-6)
+    dy = torch.randn_like(x)
+    assert torch.allclose(norm(x), twin, rtol=1e-12)
+    gradients = [torch.autograd.grad(y, x, dy)[0] for y in (norm(x), twin)]
+    assert torch.allclose(*gradients, rtol=1e-12)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
 def draw(*shape):
@@ -177,6 +190,7 @@ def test_gradcheck_of_the_handwritten_backwards(T, monkeypatch):
     torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3)))
     torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3), draw(2, T, 2)))
     torch.autograd.gradcheck(NormedProduct.apply, (draw(2, T, 3), draw(2, T, 3), 0.1))
+    torch.autograd.gradcheck(RMSNorm.apply, (draw(2, T, 3), 0.1))
     for row in MLPS:
         torch.autograd.gradcheck(build("mlp", row, config(mlp=row), 4).double(), draw(2, T, 4))
 
