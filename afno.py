@@ -31,12 +31,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import BACKENDS, BLOCK, NormedProduct, auto_conv, fastest_conv, toeplitz_conv
+from kernels import BACKENDS, NormedProduct, conv_flops
 from parts import Linear, ShortConv, norm
 
 
 class FourierKernel(nn.Module):
-    """`groups` causal kernels of `seq_len` taps from an AFNO block: () -> (G, seq_len).
+    """`groups` causal kernels of M = `taps` taps (0: seq_len) from an AFNO block: () -> (G, M).
 
     The frequency grid is fixed by seq_len, never by the current input: a kernel that depended on T
     would let a token feel how many tokens follow it.
@@ -49,7 +49,7 @@ class FourierKernel(nn.Module):
         super().__init__()
         d = groups // num_blocks
         self.seq_len = seq_len
-        self.taps = taps or seq_len
+        self.taps = min(taps or seq_len, seq_len)
         self.sparsity_threshold = sparsity_threshold
         self.kept_modes = max(1, int((seq_len + 1) * kept_fraction))
 
@@ -109,8 +109,7 @@ class FourierKernel(nn.Module):
             h = h[:self.seq_len]
             t = torch.arange(self.seq_len, device=h.device, dtype=h.dtype)[:, None] / self.seq_len
             window = torch.exp(-t * self.log_window.exp())
-            h = (h * window)[:self.taps]
-            return F.pad(h, (0, 0, 0, self.seq_len - len(h))).T.contiguous()  # (G, seq_len)
+            return (h * window)[:self.taps].T.contiguous()  # (G, M)
 
 
 def complex_matmul(z: Tensor, w: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ class AFNO(nn.Module):
 
     The equations are at the top of the file. group_size 0 means 16 channels a kernel, num_blocks 0
     means 8 blocks, or the largest divisors below that fit; taps 0 means seq_len. Decoding keeps
-    every u so far, half the memory of a KV cache, and reads them once a token: 2 t C FLOPs.
+    the last M u, at most half the memory of a KV cache, and reads them once a token: 2 M C FLOPs.
     Raises ValueError where the sizes do not divide or the backend is unknown.
     """
     def __init__(self, dim: int, seq_len: int, *, num_blocks: int = 0,
@@ -160,16 +159,12 @@ class AFNO(nn.Module):
         self.proj = linear(dim, dim)
 
     def flops(self, T: int) -> int:
-        """Forward FLOPs a token besides the weight matrices: of Toeplitz GEMMs or two real FFTs.
+        """Forward FLOPs a token besides the weight matrices: of the convolution of T tokens.
 
-        Where backend auto chooses: for T tokens on the device of the weights; for "meta" a GPU's.
+        Where backend auto chooses: on the device of the weights; for "meta" a GPU's.
         """
-        conv = self.conv
-        if conv is auto_conv:
-            conv = fastest_conv(self.D.device.type, T)
-        if conv is toeplitz_conv:
-            return (T + BLOCK) * self.dim
-        return int(10 * self.dim * math.log2(2 * T))
+        taps = min(self.kernel.taps, T)
+        return int(conv_flops(self.conv, self.D.device.type, T, taps) * self.dim)
 
     def qkv(self, x: Tensor, v1: Tensor | None = None) -> Tensor:
         """q, k and v side by side, (..., 3 C); v1 is added to the values."""
@@ -195,18 +190,18 @@ class AFNO(nn.Module):
         return self.out(q, u, self.kernel())
 
     def out(self, q: Tensor, u: Tensor, h: Tensor) -> Tensor:
-        """The gate and the convolution's input, (B, T, C), the kernel (G, seq_len) -> (B, T, C)."""
+        """The gate and the convolution's input, (B, T, C), the kernel (G, M) -> (B, T, C)."""
         y = self.conv(u, h[:, :u.size(1)])
         return self.proj(q * torch.addcmul(y, self.D.type_as(u), u))
 
     def init_state(self, B: int) -> tuple:
-        """The state before the first token: short window, all u so far, kernel, token count.
+        """The state before the first token: short window, the last M u, kernel, token count.
 
-        The kernel's first tap is its last, as it meets the newest u. A step writes into the place
-        of its u, (B, G, seq_len, W): its old state is used up.
+        u of token t is in place t mod M, (B, G, M, W), and a step writes it there: its old state is
+        used up. The kernel's first tap is its last, as it meets the newest u.
         """
         taps = self.kernel().flip(1)
-        past = taps.new_zeros(B, len(taps), self.seq_len, self.dim // len(taps))
+        past = taps.new_zeros(B, *taps.shape, self.dim // len(taps))
         return self.short_conv.init_state(B), past, taps, 0
 
     def prefill(self, x: Tensor, v1: Tensor | None = None) -> tuple[Tensor, tuple]:
@@ -215,7 +210,9 @@ class AFNO(nn.Module):
         z = self.qkv(x, v1)
         q, u = self.gate(self.short_conv(z))
         _, past, taps, _ = self.init_state(len(x))
-        past[:, :, :T] = u.unflatten(2, (len(taps), -1)).transpose(1, 2)
+        M = taps.size(1)
+        last = torch.arange(max(0, T - M), T, device=x.device)
+        past[:, :, last % M] = u[:, last].unflatten(2, (len(taps), -1)).transpose(1, 2).type_as(past)
         return self.out(q, u, taps.flip(1)), (self.short_conv.state_behind(z), past, taps, T)
 
     def step(self, x: Tensor, state: tuple, v1: Tensor | None = None) -> tuple[Tensor, tuple]:
@@ -223,8 +220,11 @@ class AFNO(nn.Module):
         window, past, taps, t = state
         z, window = self.short_conv.step(self.qkv(x, v1), window)
         q, u = self.gate(z)
-        past[:, :, t] = u.unflatten(1, (len(taps), -1))
-        y = taps[:, None, -t - 1:] @ past[:, :, :t + 1]  # (B, G, 1, W)
+        place = t % taps.size(1)
+        past[:, :, place] = u.unflatten(1, (len(taps), -1))
+        # The newest u meets the last tap.
+        by_place = taps.roll(place + 1, 1)[:, None, :t + 1]  # (G, 1, min(t + 1, M))
+        y = by_place @ past[:, :, :t + 1]  # (B, G, 1, W)
         y = y.flatten(1).type_as(u) + self.D * u
         return self.proj(q * y), (window, past, taps, t + 1)
 

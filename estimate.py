@@ -131,7 +131,8 @@ def memory_estimate(cfg, model_of, shapes, roles, builder, precision: torch.dtyp
         counted = replace(cfg, batches="windows", document_token=-1, window=0)
     if "afno" in cfg.mixers and cfg.afno_backend == "auto":
         # Fake tensors are of a CPU, for which it would choose another.
-        chosen = fastest_conv(device.type, cfg.sequence_length)
+        T = cfg.sequence_length
+        chosen = fastest_conv(device.type, T, min(cfg.afno_taps or T, T))
         backend = next(name for name, conv in BACKENDS.items() if conv is chosen)
         counted = replace(counted, afno_backend=backend)
     kept, peak, wide = count_activations(partial(model_of, counted), shape, precision)

@@ -295,7 +295,7 @@ class NormedProduct(torch.autograd.Function):
 
 
 class FFTConv(torch.autograd.Function):
-    """Causal convolution by FFT, u (B, G, W, T), h (G, T) -> (B, G, W, T), fp32 or fp64.
+    """Causal convolution by FFT, u (B, G, W, T), h (G, M) -> (B, G, W, T), fp32 or fp64; M <= T.
 
     Four real transforms of u's size. Autograd's backward of rfft would be a complex one. Keeps u's
     spectrum: twice u. Differentiable once.
@@ -307,6 +307,7 @@ class FFTConv(torch.autograd.Function):
         U = torch.fft.rfft(u, n=2 * T)
         H = torch.fft.rfft(h, n=2 * T)[:, None]
         ctx.save_for_backward(U, H)
+        ctx.taps = h.size(-1)
         return torch.fft.irfft(U * H, n=2 * T)[..., :T]
 
     @staticmethod
@@ -316,13 +317,13 @@ class FFTConv(torch.autograd.Function):
         T = dy.size(-1)
         dY = torch.fft.rfft(dy, n=2 * T)
         # To correlate is to multiply by the conjugate.
-        dh = torch.fft.irfft((dY * U.conj()).sum((0, 2)), n=2 * T)[..., :T]
+        dh = torch.fft.irfft((dY * U.conj()).sum((0, 2)), n=2 * T)[..., :ctx.taps]
         du = torch.fft.irfft(dY * H.conj(), n=2 * T)[..., :T]
         return du, dh
 
 
 def fft_conv(u: Tensor, h: Tensor) -> Tensor:
-    """Causal convolution by FFT, u (B, T, C), h (G, T) -> (B, T, C) in u's dtype.
+    """Causal convolution by FFT, u (B, T, C), h (G, M) -> (B, T, C) in u's dtype; M <= T.
 
     O(T log T) in fp32 (fp64 stays), causal up to rounding.
     """
@@ -402,31 +403,69 @@ class ToeplitzConv(torch.autograd.Function):
 
 
 def toeplitz_conv(u: Tensor, h: Tensor) -> Tensor:
-    """Causal convolution by GEMMs, u (B, T, C), h (G, T) -> (B, T, C) in u's dtype."""
+    """Causal convolution by GEMMs, u (B, T, C), h (G, M) -> (B, T, C) in u's dtype; M <= T."""
     B, T, C = u.shape
     G = h.size(0)
     x = u.view(B, T, G, C // G).permute(2, 1, 0, 3).reshape(G, T, B * C // G)
+    h = F.pad(h, (0, T - h.size(1)))
     y = ToeplitzConv.apply(x, h.type_as(u))
     return y.view(G, T, B, C // G).permute(2, 1, 0, 3).reshape(B, T, C)
 
 
-# The least length from which FFTs are faster, forward and backward; on a GPU an estimate: cuFFT is
-# fp32 and bound by memory traffic.
-FFT_FROM = {"cpu": 256}
+def band(taps: int) -> int:
+    """The length of a block: no tap reaches past the block before, and GEMMs like sixteens."""
+    return max(16, math.ceil((taps - 1) / 16) * 16)
+
+
+def banded_conv(u: Tensor, h: Tensor) -> Tensor:
+    """Causal convolution by kernels of few taps, u (B, T, C), h (G, M) -> (B, T, C) in u's dtype.
+
+    A block of L >= M - 1 tokens meets itself and the block before it, by two matrices that are the
+    same for all blocks: cost and memory a token do not depend on T. Bit-exactly causal.
+    """
+    B, T, C = u.shape
+    G, M = h.shape
+    L = band(M)
+    rows = toeplitz_rows(F.pad(h.type_as(u), (0, 2 * L - M)), L)       # (G, L, 2L): before, here
+    x = F.pad(u, (0, 0, 0, -T % L)).view(B, -1, L, G, C // G)
+    x = x.permute(3, 2, 0, 1, 4).contiguous()                          # (G, L, B, blocks, C / G)
+    here = (rows[:, :, L:] @ x.flatten(2)).view_as(x)
+    first = x[:, :, :, :-1]
+    carried = (rows[:, :, :L] @ first.flatten(2)).view_as(first)
+    y = here + F.pad(carried, (0, 0, 1, 0))
+    return y.permute(2, 3, 1, 0, 4).reshape(B, -1, C)[:, :T]
+
+
+# What is faster, forward and backward; on a GPU an estimate: cuFFT is fp32 and bound by memory
+# traffic.
+BANDED_UP_TO = {"cpu": 64}                       # taps
+BANDED_UP_TO_ELSEWHERE = 512
+FFT_FROM = {"cpu": 256}                          # tokens, for more taps than that
 FFT_FROM_ELSEWHERE = 2049
 
 
-def fastest_conv(device: str, T: int):
-    """The faster convolution of T tokens on a type of device."""
+def fastest_conv(device: str, T: int, taps: int):
+    """The fastest convolution of T tokens by so many taps on a type of device."""
+    if taps < T and taps <= BANDED_UP_TO.get(device, BANDED_UP_TO_ELSEWHERE):
+        return banded_conv
     return fft_conv if T >= FFT_FROM.get(device, FFT_FROM_ELSEWHERE) else toeplitz_conv
 
 
 def auto_conv(u: Tensor, h: Tensor) -> Tensor:
-    """The faster of the others, u (B, T, C), h (G, T) -> (B, T, C) in u's dtype."""
-    return fastest_conv(u.device.type, u.size(1))(u, h)
+    """The fastest of the others, u (B, T, C), h (G, M) -> (B, T, C) in u's dtype; M <= T."""
+    return fastest_conv(u.device.type, u.size(1), h.size(1))(u, h)
 
 
-BACKENDS = {"auto": auto_conv, "fft": fft_conv, "toeplitz": toeplitz_conv}
+def conv_flops(conv, device: str, T: int, taps: int) -> float:
+    """Forward FLOPs a channel and token of a convolution of T tokens on a type of device."""
+    if conv is auto_conv:
+        conv = fastest_conv(device, T, taps)
+    return {fft_conv: 10 * math.log2(2 * T),         # two real transforms
+            toeplitz_conv: T + BLOCK,
+            banded_conv: 4 * band(taps)}[conv]
+
+
+BACKENDS = {"auto": auto_conv, "fft": fft_conv, "toeplitz": toeplitz_conv, "banded": banded_conv}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ CASES = {row: dict(mixer=row) for row in MIXERS} | {
     "attn/window": dict(mixer="attn", window=100),
     "afno/fft": dict(mixer="afno", afno_backend="fft"),
     "afno/toeplitz": dict(mixer="afno", afno_backend="toeplitz"),
+    "afno/banded": dict(mixer="afno", afno_backend="banded", afno_taps=100),
     "afno/cut": dict(mixer="afno", afno_hard_thresholding_fraction=0.4),
     "diff/gqa": dict(mixer="diff", n_kv_head=2),
     "fftnet/bank": dict(mixer="fftnet", fftnet_filter="bank"),
@@ -41,7 +42,8 @@ GPTS = {
                       head_norm="qkv", residual="gated", mlp="swiglu"),
 }
 # Bit for bit: GEMMs meet the future as exact zeros, an FFT meets it as rounding.
-EXACT = ("attn", "attn/gqa", "attn/conv", "attn/window", "afno/toeplitz", "fan", "gdn", "diff",
+EXACT = ("attn", "attn/gqa", "attn/conv", "attn/window", "afno/toeplitz", "afno/banded",
+         "fan", "gdn", "diff",
          "diff/gqa", "diff_v2", "ngpt", "fftnet", "fftnet/bank")
 # About 4 s each.
 LEARNERS = (*MIXERS, "afno/fft", "fftnet/bank", "gpt/switches")

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, Rotary
-from kernels import (BACKENDS, FFT_FROM, DepthwiseCausalConv, FFTConv, NormedProduct, RMSNorm,
-                     ToeplitzConv, auto_conv, fastest_conv, fft_conv, toeplitz_conv)
+from kernels import (BACKENDS, BANDED_UP_TO, FFT_FROM, DepthwiseCausalConv, FFTConv, NormedProduct, RMSNorm,
+                     ToeplitzConv, auto_conv, banded_conv, fastest_conv, fft_conv,
+                     toeplitz_conv)
 from parts import ShortConv, norm
 from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
@@ -107,8 +108,9 @@ def test_afno_equals_naive_in_values_and_gradients(backend, fraction, T):
 
 
 @pytest.mark.parametrize("knob", [dict(poles=3), dict(poles=5), dict(taps=1), dict(taps=4)], ids=str)
-def test_afno_with_odd_poles_or_few_taps_equals_naive(knob):
-    m, x = small_afno(**knob), torch.randn(2, 9, 8, dtype=torch.float64)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_afno_with_odd_poles_or_few_taps_equals_naive(knob, backend):
+    m, x = small_afno(backend, **knob), torch.randn(2, 9, 8, dtype=torch.float64)
     assert torch.allclose(m(x), afno_naive(m, x), rtol=1e-9, atol=1e-11)
 
 
@@ -136,11 +138,13 @@ def draw(*shape):
 
 
 @pytest.mark.parametrize("conv", BACKENDS.values())
-@pytest.mark.parametrize("T", [1, 7, 128, 129, 300])
-def test_convolution_equals_its_matrix(conv, T):
-    u, h, dy = draw(2, T, 12), draw(3, T), torch.randn(2, T, 12, dtype=torch.float64)
+@pytest.mark.parametrize("T, M", [(1, 1), (7, 7), (128, 128), (129, 129), (300, 300), (300, 1),
+                                  (300, 17), (33, 18), (65, 64)])
+def test_convolution_equals_its_matrix(conv, T, M):
+    u, h, dy = draw(2, T, 12), draw(3, M), torch.randn(2, T, 12, dtype=torch.float64)
     lag = torch.arange(T)[:, None] - torch.arange(T)
-    matrix = torch.where(lag >= 0, h[:, lag.clamp(min=0)], 0.0)
+    seen = (lag >= 0) & (lag < M)
+    matrix = torch.where(seen, h[:, lag.clamp(0, M - 1)], 0.0)
     plain = torch.einsum("gts,bsgw->btgw", matrix, u.unflatten(2, (3, 4))).flatten(2)
     ours = conv(u, h)
     assert apart(ours, plain) < 1e-12
@@ -148,18 +152,25 @@ def test_convolution_equals_its_matrix(conv, T):
         assert apart(a, b) < 1e-12
 
 
-def test_auto_takes_the_faster_backend(monkeypatch):
-    """By the device and the length of what comes in; its FLOPs are those of that backend."""
+def test_auto_takes_the_fastest_backend(monkeypatch):
+    """By the device, the length and the taps of what comes in; its FLOPs are those of that backend.
+    """
     T = FFT_FROM["cpu"]
-    assert fastest_conv("cpu", T - 1) is toeplitz_conv and fastest_conv("cpu", T) is fft_conv
-    assert fastest_conv("cuda", 2048) is toeplitz_conv and fastest_conv("cuda", 4096) is fft_conv
+    M = BANDED_UP_TO["cpu"]
+    assert fastest_conv("cpu", T - 1, T - 1) is toeplitz_conv
+    assert fastest_conv("cpu", T, T) is fastest_conv("cpu", T, M + 1) is fft_conv
+    assert fastest_conv("cpu", T, M) is fastest_conv("cuda", 4096, 500) is banded_conv
+    assert fastest_conv("cuda", 2048, 2048) is toeplitz_conv
+    assert fastest_conv("cuda", 4096, 4096) is fft_conv
     monkeypatch.setitem(FFT_FROM, "cpu", 5)
-    for length, conv in ((4, toeplitz_conv), (5, fft_conv)):
-        u, h = torch.randn(1, length, 4), torch.randn(2, length)
+    for length, taps, conv in ((4, 4, toeplitz_conv), (80, 80, fft_conv), (5, 3, banded_conv)):
+        u, h = torch.randn(1, length, 4), torch.randn(2, taps)
         assert torch.equal(auto_conv(u, h), conv(u, h))
     auto, toeplitz, fft = (small_afno(row) for row in ("auto", "toeplitz", "fft"))
     assert auto.flops(4) == toeplitz.flops(4) and auto.flops(5) == fft.flops(5)
     assert auto.to("meta").flops(9) == toeplitz.flops(9) != fft.flops(9)
+    few, banded = (small_afno(row, taps=3) for row in ("auto", "banded"))
+    assert few.flops(9) == banded.flops(9) == 4 * 16 * 8
 
 
 def test_v1_inside_the_short_convolution():
