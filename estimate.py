@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import skips_masks
+from flags import listed
 from kernels import BACKENDS, default_chunk, fastest_conv
 from machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
                      is_available)
@@ -132,9 +133,11 @@ def memory_estimate(cfg, model_of, shapes, roles, builder, precision: torch.dtyp
     if "afno" in cfg.mixers and cfg.afno_backend == "auto":
         # Fake tensors are of a CPU, for which it would choose another.
         T = cfg.sequence_length
-        chosen = fastest_conv(device.type, T, min(cfg.afno_taps or T, T))
-        backend = next(name for name, conv in BACKENDS.items() if conv is chosen)
-        counted = replace(counted, afno_backend=backend)
+        chosen = {fastest_conv(device.type, T, min(taps or T, T)) for taps in listed(cfg.afno_taps)}
+        # Layers of several backends are counted as a CPU has them.
+        if len(chosen) == 1:
+            backend = next(name for name, conv in BACKENDS.items() if conv in chosen)
+            counted = replace(counted, afno_backend=backend)
     kept, peak, wide = count_activations(partial(model_of, counted), shape, precision)
     parts = {"activations": kept, "logits": peak - kept}
     if compiled:

@@ -63,6 +63,23 @@ CONTRADICTIONS = {
 # Values. What is wrong with one is a ValueError with one line.
 
 
+PER_LAYER = int | tuple                              # the type of a field that layers may differ in
+
+
+def listed(value) -> tuple:
+    """A field's value -> all its values."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def per_layer(word: str):
+    """"128" -> 128, "128,128,0" -> (128, 128, 0), which tiles down the layers."""
+    values = tuple(map(int, word.split(",")))
+    return values if len(values) > 1 else values[0]
+
+
+per_layer.__name__ = "int or list"                   # argparse tells it
+
+
 def check_number(name: str, kind: type, value: float):
     """ValueError where a field's value is outside its range; NaN is in none."""
     low, high = RANGES.get(name, ANY_INT if kind is int else ANY_FLOAT)
@@ -117,8 +134,9 @@ def check_settings(cfg, axes, knobs, always):
             both = " with ".join(f"--{name} {getattr(cfg, name)}" for name in settings)
             raise ValueError(f"{both}: {why}")
     for f in fields(cfg):
-        if f.type in (int, float):
-            check_number(f.name, f.type, getattr(cfg, f.name))
+        if f.type in (int, float, PER_LAYER):
+            for value in listed(getattr(cfg, f.name)):
+                check_number(f.name, float if f.type is float else int, value)
     check_sizes(cfg, used)
     check_ramps(cfg, used)
 
@@ -157,6 +175,11 @@ def check_sizes(cfg, used: set[str]):
     if len(mixers) > cfg.n_layer:
         raise ValueError(f"--mixer {cfg.mixer}: {len(mixers)} mixers for {cfg.n_layer} layers: "
                          "some would not be built: raise --n_layer or name fewer")
+    for f in fields(cfg):
+        n = len(listed(getattr(cfg, f.name)))
+        if n > cfg.n_layer:
+            raise ValueError(f"--{f.name} has {n} values for {cfg.n_layer} layers: some would not "
+                             "be read: raise --n_layer or give fewer")
     heads = "n_head" in used
     if heads and (cfg.n_embd % cfg.n_head or cfg.n_head % (cfg.n_kv_head or 1)):
         raise ValueError(f"{cfg.n_embd} channels, {cfg.n_head} heads, "
@@ -250,6 +273,11 @@ def help_text(f, comment: str, axes, knobs) -> str:
     return text.strip().replace("%", "%%")
 
 
+# {a field's type: what argparse makes of its flag}
+KINDS = {int: dict(type=int, metavar="N"), float: dict(type=float, metavar="X"),
+         str: dict(type=str, metavar="WORD"), PER_LAYER: dict(type=per_layer, metavar="N,N")}
+
+
 def make_parser(config, axes, knobs, synonyms) -> Parser:
     """A parser with a flag for each field of the dataclass.
 
@@ -272,7 +300,7 @@ def make_parser(config, axes, knobs, synonyms) -> Parser:
             if f.type in (bool, bool | None):
                 kind = dict(action=argparse.BooleanOptionalAction)
             else:
-                kind = dict(type=f.type, metavar={int: "N", float: "X", str: "WORD"}[f.type])
+                kind = KINDS[f.type]
             group.add_argument("--" + f.name, *synonyms.get(f.name, []),
                                help=help_text(f, field[2] or "", axes, knobs), **kind)
     return parser

@@ -38,6 +38,7 @@ GPTS = {
     "gpt": dict(mixer="afno,attn", n_layer=5),
     "gpt/switches": dict(mixer="afno,attn", n_layer=4, value_residual=True, x0_shortcut=True,
                          unet_skips=True, output_conv=True, pos="learned"),
+    "gpt/local": dict(mixer="attn", n_layer=4, window=(9, 0)),
     "gpt/parts": dict(mixer="gdn,fan", n_layer=3, linear="cola", norm="hybrid_star",
                       head_norm="qkv", residual="gated", mlp="swiglu"),
 }

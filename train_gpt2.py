@@ -47,7 +47,7 @@ from documents import Padded, document_token, fill
 from estimate import flops_per_token, memory_estimate, report
 from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
-from flags import check_settings, check_words, make_parser
+from flags import check_settings, check_words, listed, make_parser
 from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
 from log import TRACKERS, Log, per_byte
 from machine import (DEVICES, PRECISIONS, Clock, checksum, device_name, device_peak_flops,
@@ -128,7 +128,8 @@ class Config:
     # Attention
     n_kv_head: int = 0                               # key/value heads (grouped); 0: n_head
     head_norm: str = "qk"                            # norms inside the heads
-    window: int = 0                                  # tokens a token sees, itself too; 0: all
+    # 128,128,0,0 is local attention in the lower two layers of four; shorter lists tile.
+    window: int | tuple = 0                          # tokens a token sees, itself too; 0: all
     short_conv: bool = False                         # AFNO's short convolution on q, k, v
     # AFNO
     afno_num_blocks: int = 0                         # blocks of the spectral MLP; 0: 8 if they fit
@@ -136,7 +137,7 @@ class Config:
     afno_hard_thresholding_fraction: float = 1.0     # share of the frequencies kept, from below
     afno_poles: int = 16                             # frequency features a block
     afno_group_size: int = 0                         # channels that share a kernel; 0: 16 or fewer
-    afno_taps: int = 0                               # tokens that a kernel reaches back; 0: all
+    afno_taps: int | tuple = 0                       # tokens of its past a kernel sees; 0: all
     afno_backend: str = "auto"                       # how kernel and sequence are convolved
     # FAN
     fan_ratio: float = 0.125                         # share of a layer's outputs for cos, for sin
@@ -200,8 +201,12 @@ class Config:
     def __post_init__(self):
         check_words(self, CHOICES)
         for name, size in zip(("n_layer", "n_head", "n_embd"), MODELS[self.model]):
-            # The one place that writes a field of the frozen Config.
+            # A field of the frozen Config is written here, and below.
             object.__setattr__(self, name, getattr(self, name) or size)
+        for f in fields(self):
+            # A list that was read from a log.
+            if isinstance(getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
         check_settings(self, AXES, KNOBS, ALWAYS_ACCEPTED)
 
     def rows(self, axis: str) -> list[str]:
@@ -210,6 +215,11 @@ class Config:
         if axis == "log" and not value:
             return []
         return value.split(",") if axis in ("mixer", "log") else [value]
+
+    def at(self, name: str, layer: int):
+        """A field's value for a layer: lists tile."""
+        values = listed(getattr(self, name))
+        return values[layer % len(values)]
 
     def fields_read(self) -> set[str]:
         """The knobs that the rows in use read."""
@@ -284,15 +294,16 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
 
-    def forward(self, x: Tensor, v1: Tensor | None = None, view=None) -> Tensor:
-        """v1: what is added to the values; view: what attention may see, None: all of the past."""
+    def forward(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None) -> Tensor:
+        """v1: what is added to the values; views: {window: what attention may see}, None: all of
+        the past."""
         x, h = self.norm.mixer(x)
-        x, h = self.join(x, self.mixer_conv(self.mixer(h, v1, *self.seen(view))))
+        x, h = self.join(x, self.mixer_conv(self.mixer(h, v1, *self.seen(views))))
         return self.end(x, self.mlp_conv(self.mlp(h)))
 
-    def seen(self, view) -> tuple:
-        """The view, for mixers that take one."""
-        return (view,) if hasattr(self.mixer, "view") else ()
+    def seen(self, views) -> tuple:
+        """The mixer's view of {window: view}, for mixers that take one."""
+        return ((views or {}).get(self.mixer.window),) if hasattr(self.mixer, "view") else ()
 
     def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The stream and the mixer branch's output -> the stream, what the MLP reads."""
@@ -309,10 +320,10 @@ class Block(nn.Module):
         """The states before the first token: of the mixer, of the convolutions behind branches."""
         return tuple(m.init_state(B) for m in (self.mixer, self.mixer_conv, self.mlp_conv))
 
-    def prefill(self, x: Tensor, v1: Tensor | None = None, view=None):
+    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None):
         """A prompt: forward's output, and the states behind it."""
         x, h = self.norm.mixer(x)
-        y, state = self.mixer.prefill(h, v1, *self.seen(view))
+        y, state = self.mixer.prefill(h, v1, *self.seen(views))
         x, h = self.join(x, self.mixer_conv(y))
         z = self.mlp(h)
         states = state, self.mixer_conv.state_behind(y), self.mlp_conv.state_behind(z)
@@ -421,15 +432,16 @@ class GPT(nn.Module):
         return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        at, view, _ = self.sight(idx)
-        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, view))
+        at, views, _ = self.sight(idx)
+        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, views))
         if targets is None:
             return self.logits(h)
         return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight),
                                     targets.flatten(), self.cfg.logit_softcap, self.cfg.vocab_size)
 
     def sight(self, idx: Tensor):
-        """-> the tokens' positions, what they see, where their documents start: (B, T) or None."""
+        """-> the tokens' positions, {window: what they see}, where their documents start: (B, T)
+        or None."""
         T = idx.size(1)
         begin = None
         at = slice(T)
@@ -437,12 +449,13 @@ class GPT(nn.Module):
             t = torch.arange(T, device=idx.device)
             begin = torch.where(idx == self.cfg.document_token, t, 0).cummax(1).values
             at = t - begin
-        view = None
-        if self.mask_documents or self.cfg.window:
+        views = {}
+        mixers = {block.mixer.window: block.mixer for block in self.blocks
+                  if hasattr(block.mixer, "view")}
+        if self.mask_documents or any(mixers):
             # One for all layers: to make it inside a recomputed block would break the graph.
-            viewer = next(block.mixer for block in self.blocks if hasattr(block.mixer, "view"))
-            view = viewer.view(T, begin, idx.device)
-        return at, view, begin
+            views = {window: mixer.view(T, begin, idx.device) for window, mixer in mixers.items()}
+        return at, views, begin
 
     def init_state(self, B: int):
         """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
@@ -451,11 +464,11 @@ class GPT(nn.Module):
 
     def prefill(self, idx: Tensor):
         """A prompt, idx (B, T), T >= 1 -> the logits behind it (B, V), the state behind it."""
-        at, view, begin = self.sight(idx)
+        at, views, begin = self.sight(idx)
         states = []
 
         def run(i, x, v1):
-            x, state = self.blocks[i].prefill(x, v1, view)
+            x, state = self.blocks[i].prefill(x, v1, views)
             states.append(state)
             return x
 
@@ -784,7 +797,7 @@ def ramp_notes(cfg: Config) -> list[str]:
     lines = []
     if cfg.lr_start and not cfg.warmup_steps:
         lines.append("note: --lr_start has no effect: so short a run has no warm-up")
-    if cfg.window >= cfg.sequence_length:
+    if min(listed(cfg.window)) >= cfg.sequence_length:
         lines.append(f"note: --window {cfg.window} has no effect: no sequence is longer")
     for name in ("muon_momentum_warmup", "ademamix_warmup"):
         steps = getattr(cfg, name)
@@ -1053,7 +1066,7 @@ def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
         elif field in AXES:
             values[argument] = partial(build, field, getattr(cfg, field), cfg)
         else:
-            values[argument] = getattr(cfg, field)
+            values[argument] = cfg.at(field, layer)
     return cls(*sizes, **values, **more)
 
 

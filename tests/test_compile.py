@@ -40,7 +40,7 @@ def fresh_dynamo(monkeypatch):
     kernels.compiled_chunk.cache_clear()
     counters.clear()
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **dict(backend="eager") | options))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **options | dict(backend="eager")))
     # Two widths do for a test.
     monkeypatch.setattr("documents.WIDTHS", 2)
     yield
@@ -62,7 +62,7 @@ def cases():
     for name in ("run_attn.sh", "run_fan.sh", "run_nanoformer.sh diff", "run_nanoformer.sh ngpt"):
         yield name, "packed", []
     yield "run_nanoformer.sh", "packed", ["--recompute", "block", "--window", "20"]
-    yield "run_fan.sh", "windows", ["--recompute", "cola", "--window", "20"]
+    yield "run_fan.sh", "windows", ["--recompute", "cola", "--window", "20,0"]
     yield "run_afno.sh", "windows", ["--recompute", "block", "--mixer", "afno,attn"]
 
 

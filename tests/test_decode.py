@@ -20,6 +20,7 @@ CASES = {row: dict(mixer=row) for row in MIXERS} | {
     "one key": dict(mixer="diff_v2", n_kv_head=1),
     "convolution": dict(mixer="attn", short_conv=True),
     "window": dict(mixer="fan", window=20),
+    "window in one layer": dict(mixer="attn", window=(20, 0)),
     "bank": dict(mixer="fftnet", fftnet_filter="bank"),
     "fft": dict(mixer="afno", afno_backend="fft"),
     "value residual": dict(mixer="afno,attn", value_residual=True, x0_shortcut=True),

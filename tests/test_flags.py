@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from estimate import flops_per_token
+from flags import PER_LAYER
 from machine import device_name, device_peak_flops
 from shards import open_data
-from train_gpt2 import (AXES, CHOICES, MIXERS, ROOT, Config, main, new_model, parse, ramp_notes,
+from train_gpt2 import (AXES, CHOICES, GPT, MIXERS, ROOT, Config, main, new_model, parse, ramp_notes,
                         roles)
 
 # small enough for any machine, should a run start that must not
@@ -59,9 +60,11 @@ def test_a_flag_sets_its_field_and_no_other(f, monkeypatch):
     value = (
         not f.default
         if f.type in (bool, bool | None)
-        else f.type(7)
-        if f.type is not str
         else "word"
+        if f.type is str
+        else 7.0
+        if f.type is float
+        else 7
     )
     argv = (
         [f"--{'' if value else 'no-'}{f.name}"]
@@ -110,7 +113,9 @@ def test_n_head_is_refused_only_where_it_is_typed(row):
 
 def odd_values(f):
     values = [0, 1, 2, 3, 7, -1, 1024, 2**24, 2**31 - 1, 2**63]
-    return values if f.type is int else [*map(float, values), 1e-30, 1e30, math.inf, math.nan]
+    if f.type is PER_LAYER:
+        values.append((3, 0, -1))
+    return values if f.type is not float else [*map(float, values), 1e-30, 1e30, math.inf, math.nan]
 
 
 # Everything numeric with attention, then what the other rows read.
@@ -125,7 +130,7 @@ def test_odd_numbers_make_a_model_or_one_line(axis, row):
     everything = row == "attn"
     for f in fields(Config):
         read = everything or f.name in sizes | set(AXES[axis][row][1].values())
-        for value in odd_values(f) if read and f.type in (int, float) else ():
+        for value in odd_values(f) if read and f.type in (int, float, PER_LAYER) else ():
             try:
                 cfg = Config(**base | {f.name: value})
                 cfg = replace(cfg, vocab_size=cfg.vocab_size or 50)
@@ -441,3 +446,23 @@ def test_defaults_that_are_written_twice_agree():
     assert len(found) > 20
     for where, name, ours, config in found:
         assert ours == config, f"{where}: {name} is {ours} in its class, {config} in Config"
+
+
+def test_a_list_gives_each_layer_its_own():
+    cfg = parse("--mixer attn,afno --n_layer 5 --window 8,0 --afno_taps 0,4,0,2".split())
+    assert cfg.window == (8, 0) and Config(window=[8, 0], mixer="attn").window == (8, 0)
+    model = GPT(replace(cfg, vocab_size=50))
+    mixers = [block.mixer for block in model.blocks]
+    assert [m.window for m in mixers[::2]] == [8, 8, 8]
+    assert [m.kernel.taps for m in mixers[1::2]] == [4, 2]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--mixer attn --window 1,2,3,4,5", "--window has 5 values for 4 layers"),
+    ("--mixer attn --window 1,-2", "--window -2 is out of range"),
+    ("--mixer attn --window 1,x", "argument --window: invalid int or list value: '1,x'"),
+    ("--mixer afno --window 1,2", "nothing in use reads it"),
+])
+def test_a_wrong_list_is_one_line(flags, words):
+    with pytest.raises(SystemExit, match=words):
+        parse(flags.split())
