@@ -48,6 +48,8 @@ RACE=(
 )
 EMBEDDED=(
     --output_conv                        # 0.01 there: records/2026-11-29_face
+    --warmup_iters 0                     # with the rate: a third fewer steps to the target
+    --learning_rate 0.006
     --target_val_loss 1.8857             # where nanoGPT's CPU recipe ends
 )
 SHARDS=9                                 # 0.9B tokens
