@@ -171,8 +171,7 @@ class AFNO(nn.Module):
         z = self.q.fused(x, (self.q, self.k, self.v))
         if v1 is None:
             return z
-        qk = z[..., :-self.dim]
-        v = z[..., -self.dim:]
+        qk, v = z.split((2 * self.dim, self.dim), dim=-1)
         return torch.cat((qk, v + v1), dim=-1)
 
     def value(self, x: Tensor) -> Tensor:
@@ -212,7 +211,8 @@ class AFNO(nn.Module):
         _, past, taps, _ = self.init_state(len(x))
         M = taps.size(1)
         last = torch.arange(max(0, T - M), T, device=x.device)
-        past[:, :, last % M] = u[:, last].unflatten(2, (len(taps), -1)).transpose(1, 2).type_as(past)
+        newest = u[:, last].unflatten(2, (len(taps), -1)).type_as(past)
+        past[:, :, last % M] = newest.transpose(1, 2)
         return self.out(q, u, taps.flip(1)), (self.short_conv.state_behind(z), past, taps, T)
 
     def step(self, x: Tensor, state: tuple, v1: Tensor | None = None) -> tuple[Tensor, tuple]:
