@@ -110,7 +110,8 @@ def parse(argv=None):
         p.error("nothing to do: give --tasks, --text, or both")
     if args.tasks and not all(args.tasks.split(",")):
         p.error(f"--tasks {args.tasks}: a name is empty")
-    if args.batch_size < 1 or (args.num_fewshot or 0) < 0 or (args.limit or 1) < 1:
+    least = {"batch_size": 1, "limit": 1, "num_fewshot": 0}
+    if any((value := getattr(args, name)) is not None and value < n for name, n in least.items()):
         p.error("--batch_size and --limit must be at least 1, --num_fewshot 0 or more")
     if args.data and not args.data.is_dir():
         p.error(f"--data {args.data}: no such folder")

@@ -135,7 +135,7 @@ def row(task, n, shots, metric, value, stderr, chance, higher=True):
     """One line of the table, as JSON has it. stderr and chance: a number, or None."""
     above = None
     if None not in (stderr, chance):
-        above = (value - chance) * (1 if higher else -1) > 2 * stderr
+        above = bool((value - chance) * (1 if higher else -1) > 2 * stderr)
     return dict(task=task, n=n, shots=shots, metric=metric, value=value, stderr=stderr,
                 chance=chance, above_chance=above)
 
@@ -197,8 +197,10 @@ def rows_of(found, tokens_of, ln_v):
                 chance = sum(n * c for n, c in zip(sizes, known)) / sum(sizes)
             label = metric if filtered == "none" else f"{metric},{filtered}"
             higher = all(found["higher_is_better"][task].get(metric, True) for task in members)
-            rows.append(row(name, sum(sizes), found["n-shot"][members[0]], label, value,
-                            stderr if isinstance(stderr, float) else None, chance, higher))
+            # "N/A" of one row alone.
+            stderr = float(stderr) if isinstance(stderr, float) else None
+            rows.append(row(name, sum(sizes), found["n-shot"][members[0]], label, float(value),
+                            stderr, chance, higher))
     return rows
 
 
