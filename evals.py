@@ -9,7 +9,8 @@ from the hub, or with --data from a folder's files, data/tasks.py says which. --
 the first rows of a task, for mmlu of each of its 57 subjects.
 
 chance is what guessing among the choices gives, or a model for which all tokens are equally likely;
-written answers have none. A score that is not 2 standard errors better is "not above chance".
+written answers have none. A score that is not 2 standard errors better is "not above chance". A
+model that knows lengths alone may be below (records/2026-11-29_evals).
 
 --text needs no package. Documents are scored apart, T tokens at a time, as lm-eval's rolling
 likelihoods. Bits are per byte of the text, so models of any vocabulary compare; the standard error
