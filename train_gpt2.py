@@ -431,9 +431,13 @@ class GPT(nn.Module):
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+    def hidden(self, idx: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C), what the head reads."""
         at, views, _ = self.sight(idx)
-        h = self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, views))
+        return self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, views))
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        h = self.hidden(idx)
         if targets is None:
             return self.logits(h)
         return linear_cross_entropy(h.flatten(0, 1), self.head_gain(self.head.weight),
