@@ -110,8 +110,8 @@ def mixers(args, device):
 def cores(args, device):
     """What mixes tokens, alone: attention's kernel of that length is 1.00.
 
-    Causal attention in heads of 64 channels; AFNO's convolution with 16 channels a kernel, as
-    --afno_backend auto has it.
+    Causal attention in heads of 64 channels; AFNO's convolution with 16 channels a kernel, of all
+    taps and of 16, as --afno_backend auto has it.
     """
     B = args.batch_size
     C = args.n_embd
@@ -125,7 +125,9 @@ def cores(args, device):
         h = torch.randn(C // 16, T, device=device, requires_grad=True)
         attention = partial(F.scaled_dot_product_attention, is_causal=True)
         contenders[f"attention, T {T}"] = partial(input_gradients, attention, heads)
+        few = torch.randn(C // 16, min(16, T), device=device, requires_grad=True)
         contenders[f"afno, T {T}"] = partial(input_gradients, BACKENDS["auto"], [u, h])
+        contenders[f"afno of 16 taps, T {T}"] = partial(input_gradients, BACKENDS["auto"], [u, few])
     return contenders
 
 
