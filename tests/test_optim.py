@@ -49,6 +49,45 @@ def test_muon_equals_torch(monkeypatch):
         assert torch.allclose(a, b, atol=1e-6) and not torch.allclose(a, w, atol=0.1)
 
 
+def steps_of(muon, w, grads):
+    for grad in grads:
+        w.grad = grad.clone()
+        muon.step()
+    return w.data
+
+
+def test_normuon_by_hand():
+    """Momentum 0, so that the orthogonal factor is that of the gradient."""
+    torch.manual_seed(0)
+    start = torch.randn(24, 16)
+    grads = torch.randn(5, 24, 16)
+    ours = steps_of(Muon([w := torch.nn.Parameter(start.clone())], 0.1, 0.0, 0.0, row_beta=0.9), w,
+                    grads)
+    expected = start.clone()
+    running = torch.zeros(24)
+    for grad in grads:
+        factor = newton_schulz(grad)
+        running = 0.9 * running + 0.1 * (factor**2).mean(1)
+        scaled = factor / running.sqrt()[:, None]
+        expected -= 0.1 * 1.5**0.5 * scaled * factor.norm() / scaled.norm()
+    assert torch.allclose(ours, expected, atol=1e-5)
+    plain = steps_of(Muon([w := torch.nn.Parameter(start.clone())], 0.1, 0.0, 0.0), w, grads)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+
+
+def test_cautious_decay_by_hand():
+    torch.manual_seed(0)
+    start = torch.randn(24, 16)
+    grads = torch.randn(3, 24, 16)
+    ours = steps_of(Muon([w := torch.nn.Parameter(start.clone())], 0.1, 0.0, 0.5, cautious=True), w,
+                    grads)
+    expected = start.clone()
+    for grad in grads:
+        factor = newton_schulz(grad)
+        expected -= 0.05 * expected * (factor * expected > 0) + 0.1 * 1.5**0.5 * factor
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
 def test_our_coefficients_are_the_public_ones():
     assert (
         torch.optim.Muon([torch.zeros(2, 2, requires_grad=True)]).defaults["ns_coefficients"]
