@@ -64,16 +64,16 @@ class SpectralForCausalLM(PreTrainedModel, GenerationMixin):
         return self.gpt.head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None,
-                labels: Tensor | None = None, state: Context | None = None, **kwargs):
+                labels: Tensor | None = None, decoding: Context | None = None, **kwargs):
         """labels (B, T), -100 for none: each is predicted from the tokens before it.
 
-        state: what has seen some of input_ids already; only the last logits come then, (B, 1, V).
+        decoding: what has seen some of input_ids already; only the last logits come then, (B, 1, V).
         """
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("padding in front of a text would be read as text: give rows of one "
                              "length, or padding_side='right' where nothing is generated")
-        if state is not None:
-            logits = state.behind(input_ids)[:, None].to(self.gpt.head.weight)
+        if decoding is not None:
+            logits = decoding.behind(input_ids)[:, None].to(self.gpt.head.weight)
             return CausalLMOutput(logits=logits)
         if input_ids.size(1) > self.gpt.cfg.sequence_length:
             raise ValueError(f"{input_ids.size(1)} tokens: this model takes at most "
@@ -87,16 +87,17 @@ class SpectralForCausalLM(PreTrainedModel, GenerationMixin):
     # What `generate` calls.
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The mixers' states are in `state`; without use_cache a token costs a whole forward."""
+        """The mixers' states are in `decoding`; without use_cache a token costs a whole forward."""
         if generation_config.use_cache is not False:
-            model_kwargs["state"] = State(self.gpt, 0)
+            model_kwargs["decoding"] = State(self.gpt, 0)
 
-    def prepare_inputs_for_generation(self, input_ids, state=None, attention_mask=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, decoding=None, attention_mask=None,
+                                      **kwargs):
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("generate takes rows of one length, without padding")
-        if state is None:
+        if decoding is None:
             input_ids = input_ids[:, -self.gpt.cfg.sequence_length:]
-        return dict(input_ids=input_ids, state=state)
+        return dict(input_ids=input_ids, decoding=decoding)
 
 
 class State(Context):
