@@ -115,6 +115,16 @@ def make_tokenizer(name, vocab_size: int, ranks=None) -> Tokenizer:
                      max(TOKENIZERS[name]), next(iter(starts), None))
 
 
+def quantized(model: GPT, device, data: str) -> GPT:
+    """The model with int8 weights; what that costs is told on stderr."""
+    from quantize import Int8GPT, compare
+    if device.type != "cpu":
+        raise SystemExit("--quantize int8 runs on a CPU: add --device cpu")
+    small = Int8GPT(model)
+    print(compare(model, small, data), file=sys.stderr, flush=True)
+    return small
+
+
 # --------------------------------------------------------------------------------------------------
 # The screen
 
@@ -168,6 +178,10 @@ def parse(argv=None):
                    help="a run's folder or its model.pt (default: the newest below logs/)")
     p.add_argument("--load", type=Path, metavar="DIR",
                    help="instead: a folder that export.py has written")
+    p.add_argument("--quantize", choices=("int8",),
+                   help="write with int8 weights, and say what that costs; on a CPU")
+    p.add_argument("--data", default="", metavar="DIR",
+                   help="for --quantize: shards that the loss is measured on (default: the run's)")
     p.add_argument("--prompt", help="what the text begins with (default: a new document, or line)")
     p.add_argument("--interactive", action="store_true",
                    help="continue every line of stdin; Ctrl-C stops a text, Ctrl-D leaves")
@@ -190,6 +204,8 @@ def parse(argv=None):
     args = argparse.Namespace(**p.typed(sys.argv[1:] if argv is None else argv))
     if args.load and args.checkpoint:
         p.error(f"{args.checkpoint} and --load {args.load}: two models: drop one")
+    if args.data and not args.quantize:
+        p.error("--data is for --quantize: drop it")
     if args.top_k < 0 or args.num_samples < 1:
         p.error("--top_k must not be negative, --num_samples at least 1")
     if not 0 <= args.min_new_tokens <= args.max_new_tokens:
@@ -219,6 +235,8 @@ def main(argv=None):
     model = build(saved, path)
     tokenizer = make_tokenizer(saved.get("tokenizer"), model.cfg.vocab_size, args.ranks)
     print(describe(saved, path), file=sys.stderr, flush=True)
+    if args.quantize:
+        model = quantized(model, device, args.data)
     del saved                                        # the optimizers' memory
     n = args.num_samples
     context = Context(model.to(device), n)

@@ -433,9 +433,12 @@ class GPT(nn.Module):
                 skips.append(x)
         return self.cfg.logit_scale * norm(x)
 
+    def unembed(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.head_gain(self.head.weight))
+
     def logits(self, h: Tensor) -> Tensor:
         """(..., C) -> (..., V), in fp32 or wider."""
-        z = F.linear(h, self.head_gain(self.head.weight))
+        z = self.unembed(h)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
@@ -471,7 +474,7 @@ class GPT(nn.Module):
 
     def init_state(self, B: int):
         """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
-        begin = self.head.weight.new_zeros(B, dtype=torch.long)
+        begin = self.wte.weight.new_zeros(B, dtype=torch.long)
         return [block.init_state(B) for block in self.blocks], 0, begin
 
     def prefill(self, idx: Tensor):
