@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from data import text
+from data.tokenizer import tokenizer_files
 from exported import (ACTIVATIONS, DERIVED, KEY, SETTINGS, STOCK, WEIGHTS, digest, optional,
                       stock_class, to_stock)
 from flags import Parser
@@ -145,60 +145,6 @@ def sources() -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------
 # The rest of the folder
 
-END = "<|endoftext|>"
-# {tokenizer of data/text.py: (how it cuts a text into words, what it does to the text before)}
-CUTS = {"bytes": (None, None), "gpt2": (text.GPT2_PATTERN, None),
-        "qwen": (text.QWEN_PATTERN, {"type": "NFC"})}
-
-
-def halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that a token is merged from: all merges of a lower rank, lowest first."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-        i = pairs.index(min(pairs))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def spell(token: bytes) -> str:
-    """GPT-2's spelling of a token."""
-    character = {b: c for c, b in text.byte_characters().items()}
-    return "".join(character[b] for b in token)
-
-
-def tokenizer_files(name: str, tokenizer, T: int) -> dict[str, dict]:
-    """{file: content} of the tokenizers library, by what sample.make_tokenizer gave."""
-    count = tokenizer.size if tokenizer.stop is None else tokenizer.stop
-    ranks = {tokenizer.decode([i]): i for i in range(count)}
-    merges = [[spell(half) for half in halves(token, ranks)] for token in ranks if len(token) > 1]
-    pattern, normalizer = CUTS[name]
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
-    cuts = [level]
-    if pattern:
-        cuts = [dict(type="Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False),
-                level]
-    ends = {}
-    added = []
-    if tokenizer.stop is not None:
-        ends = dict(bos_token=END, eos_token=END)
-        added = [dict(id=tokenizer.stop, content=END, single_word=False, lstrip=False,
-                      rstrip=False, normalized=False, special=True)]
-    vocab = {spell(token): i for token, i in ranks.items()}
-    return {
-        "tokenizer.json": dict(
-            version="1.0", truncation=None, padding=None, added_tokens=added,
-            normalizer=normalizer, pre_tokenizer=dict(type="Sequence", pretokenizers=cuts),
-            post_processor=None, decoder=level,
-            model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                       end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, vocab=vocab,
-                       merges=merges)),
-        "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", model_max_length=T,
-            clean_up_tokenization_spaces=False, **ends),
-    }
-
-
 def recipe(cfg: Config) -> str:
     """The command line of a Config, without what checkpoint.FREE says does not matter."""
     words = ["python train_gpt2.py"]
@@ -213,8 +159,11 @@ def recipe(cfg: Config) -> str:
     return " ".join(words)
 
 
-def card(cfg: Config, n: int, facts: dict, how: str, log: bool) -> str:
+def card(model: GPT, facts: dict, name: str | None, log: bool) -> str:
     """README.md: what was trained, how, on how much, and where that is written down."""
+    cfg = model.cfg
+    n = sum(p.numel() for p in model.parameters())
+    how = "" if name else ", trust_remote_code=True"
     known = {"tokens": "trained on {:,} tokens", "step": "{:,} steps", "val_loss":
              "validation loss {} nats per token", "tokenizer": "tokenizer: {}"}
     lines = [f"* {line.format(facts[name])}" for name, line in known.items() if facts.get(name)]
@@ -242,52 +191,54 @@ Code and weights: MIT ([LICENSE](LICENSE)). The text it was trained on has a lic
 """
 
 
-def folder_files(saved: dict, path: Path, ranks) -> tuple[str, dict, dict]:
-    """A checkpoint's content -> the class, {file: text}, {name: weight}."""
-    model = build(saved, path)
+def converted(model: GPT) -> tuple[str | None, Config, dict, dict[str, Tensor]]:
+    """-> the class of transformers or None, its Config, what config.json has of it, its weights."""
     cfg = model.cfg
     name = stock_class(cfg)
-    plain = cfg
     if name:
-        plain, weights = fold(model, keep_norm=name == "NanoChatForCausalLM")
-        config = stock_settings(name, plain)
-        weights = to_stock(weights, STOCK[name], plain)
+        cfg, weights = fold(model, keep_norm=name == "NanoChatForCausalLM")
+        config = stock_settings(name, cfg)
+        weights = to_stock(weights, STOCK[name], cfg)
     else:
         weights = {f"gpt.{key}": weight for key, weight in model.state_dict().items()}
         config = dict(model_type=KEY, hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer,
                       num_attention_heads=cfg.n_head,
                       auto_map={"AutoConfig": f"{MODELING}.SpectralConfig",
                                 "AutoModelForCausalLM": f"{MODELING}.SpectralForCausalLM"})
-    if plain.tie_embeddings:
+    if cfg.tie_embeddings:
         weights = {key: weight for key, weight in weights.items() if "head.weight" not in key}
-    settings = {key: value for key, value in asdict(plain).items() if key not in checkpoint.FREE}
-    settings |= {key: getattr(plain, key) for key in DERIVED}
-    loss = val_loss(saved, path)
+    config |= dict(architectures=[name or "SpectralForCausalLM"], dtype="float32",
+                   vocab_size=cfg.vocab_size, tie_word_embeddings=cfg.tie_embeddings)
+    return name, cfg, config, weights
+
+
+def folder_files(saved: dict, path: Path, ranks) -> tuple[str | None, dict, dict[str, Tensor]]:
+    """A checkpoint's content -> the class of transformers or None, {file: text}, its weights."""
+    model = build(saved, path)
+    name, cfg, config, weights = converted(model)
     kind = saved.get("tokenizer") or tokenizer_of(cfg.vocab_size)
     facts = dict(step=saved["step"], tokens=saved.get("progress", {}).get("tokens"),
-                 val_loss=loss, tokenizer=kind)
+                 val_loss=val_loss(saved, path), tokenizer=kind)
+    settings = {key: value for key, value in asdict(cfg).items() if key not in checkpoint.FREE}
+    settings |= {key: getattr(cfg, key) for key in DERIVED}
 
-    files = {}
+    contents = {}
     ends = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if kind:
         tokenizer = make_tokenizer(kind, cfg.vocab_size, ranks)
-        files |= tokenizer_files(kind, tokenizer, cfg.sequence_length)
+        contents = tokenizer_files(kind, tokenizer, cfg.sequence_length)
         ends = dict.fromkeys(ends, tokenizer.stop)
-    config |= dict(architectures=[name or "SpectralForCausalLM"], dtype="float32",
-                   vocab_size=cfg.vocab_size, tie_word_embeddings=plain.tie_embeddings, **ends)
-    files[SETTINGS] = config | {KEY: facts | dict(settings=settings)}
-    files["generation_config.json"] = ends
-    files = {file: json.dumps(content, indent=1) + "\n" for file, content in files.items()}
+    contents[SETTINGS] = config | ends | {KEY: facts | dict(settings=settings)}
+    contents["generation_config.json"] = ends
+    files = {file: json.dumps(content, indent=1) + "\n" for file, content in contents.items()}
+    files["LICENSE"] = (ROOT / "LICENSE").read_text(encoding="utf-8")
     if not name:
         files |= sources()
     log = path.with_name("log.txt")
     if log.is_file():
-        files["log.txt"] = log.read_text(errors="replace")
-    files["LICENSE"] = (ROOT / "LICENSE").read_text()
-    how = "" if name else ", trust_remote_code=True"
-    n = sum(p.numel() for p in model.parameters())
-    files["README.md"] = card(cfg, n, facts, how, "log.txt" in files)
-    return name or "a class of its own", files, weights
+        files["log.txt"] = log.read_text(encoding="utf-8", errors="replace")
+    files["README.md"] = card(model, facts, name, log="log.txt" in files)
+    return name, files, weights
 
 
 def parse(argv=None):
@@ -321,7 +272,8 @@ def main(argv=None):
             os.replace(part, out)
     except OSError as e:
         raise SystemExit(f"--out {out}: cannot be written ({e.strerror or e})") from None
-    print(f"{out}: {name} of transformers" if name in STOCK else f"{out}: {name}")
+    kind = f"{name} of transformers" if name else "a class of its own, with its sources"
+    print(f"{out}: {kind}, {len(files) + 1} files")
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def read(path: Path, Config) -> dict:
 
 # Fields that say how a model is trained, not what it computes.
 OF_TRAINING = checkpoint.FREE | {
-    "init_from", "shuffle", "model", "zero_init", "dropout", "gpas_clip", "recompute",
+    "shuffle", "batches", "document_token", "model", "zero_init", "dropout", "gpas_clip", "recompute",
     "afno_backend", "gdn_chunk", "optim", "batch_size", "grad_accumulation_steps",
     "num_iterations", "schedule", "warmup_iters", "warmdown_iters", "lr_start", "lr_end",
     "learning_rate", "embed_lr_scale", "head_lr_scale", "vector_lr_scale", "kernel_lr_scale",

@@ -8,6 +8,7 @@ it. Embeddings, norms, convolutions, kernels and CoLA's factors stay as they are
 Letters: B batch, T time, d_in and d_out widths.
 """
 import time
+import warnings
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from decode import Context, generate
 from parts import Linear
-from shards import open_data
+from shards import open_data, tokenizer_of
 from train_gpt2 import GPT, Windows, evaluate
 
 # What the loss, and what the speed is measured on.
@@ -34,7 +35,10 @@ class Int8(nn.Module):
         # A parameter, by which decoding knows a module's device and type.
         self.scale = nn.Parameter(scale, requires_grad=False)
         zero = torch.zeros_like(scale, dtype=torch.int64)
-        rounded = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
+        with warnings.catch_warnings():
+            # torch says that these functions will go some day.
+            warnings.simplefilter("ignore")
+            rounded = torch.quantize_per_channel(weight, scale.double(), zero, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +106,9 @@ def compare(model: GPT, small: GPT, data: str = "") -> str:
     if data:
         cfg = replace(cfg, data=data, input_bin="", input_val_bin="")
     shards, vocab = open_data(cfg)[1:]
+    if tokenizer_of(vocab) != tokenizer_of(cfg.vocab_size):
+        raise SystemExit(f"{next(iter(shards))}: made by another tokenizer than the model's: name "
+                         "its shards with --data")
     windows = Windows(shards, cfg, shuffle=False)
     n = windows.first(LOSS_TOKENS)
     prompt = torch.from_numpy(windows.read([0]))[:, :cfg.sequence_length // 2 + 1]
@@ -110,3 +117,11 @@ def compare(model: GPT, small: GPT, data: str = "") -> str:
     return (f"int8: {sizes[0]:.1f} -> {sizes[1]:.1f} MB, loss {losses[0]:.4f} -> {losses[1]:.4f} "
             f"({losses[1] - losses[0]:+.4f}) on {windows.targets(n):,} tokens, "
             f"{speeds[0]:.0f} -> {speeds[1]:.0f} tokens/s")
+
+
+def quantized(model: GPT, device: torch.device, data: str) -> tuple[Int8GPT, str]:
+    """--quantize int8 -> the copy that writes, what it costs. SystemExit where it cannot run."""
+    if device.type != "cpu":
+        raise SystemExit("--quantize int8 runs on a CPU: add --device cpu")
+    small = Int8GPT(model)
+    return small, compare(model, small, data)

@@ -32,6 +32,7 @@ from checkpoint import read
 from decode import Context, generate
 from flags import Parser
 from machine import first_line, pick_device
+from quantize import quantized
 from shards import TOKENIZERS, tokenizer_of
 from train_gpt2 import GPT, ROOT, Config
 
@@ -113,16 +114,6 @@ def make_tokenizer(name, vocab_size: int, ranks=None) -> Tokenizer:
     encode, decode, _ = codec(ranks)
     return Tokenizer(lambda text: [int(token) for token in encode([text])[0]], decode,
                      max(TOKENIZERS[name]), next(iter(starts), None))
-
-
-def quantized(model: GPT, device, data: str) -> GPT:
-    """The model with int8 weights; what that costs is told on stderr."""
-    from quantize import Int8GPT, compare
-    if device.type != "cpu":
-        raise SystemExit("--quantize int8 runs on a CPU: add --device cpu")
-    small = Int8GPT(model)
-    print(compare(model, small, data), file=sys.stderr, flush=True)
-    return small
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,7 +227,8 @@ def main(argv=None):
     tokenizer = make_tokenizer(saved.get("tokenizer"), model.cfg.vocab_size, args.ranks)
     print(describe(saved, path), file=sys.stderr, flush=True)
     if args.quantize:
-        model = quantized(model, device, args.data)
+        model, cost = quantized(model, device, args.data)
+        print(cost, file=sys.stderr, flush=True)
     del saved                                        # the optimizers' memory
     n = args.num_samples
     context = Context(model.to(device), n)
