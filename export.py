@@ -184,6 +184,7 @@ Trained with spectral-nanogpt, context {cfg.sequence_length:,} tokens:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("this folder"{how})
 model = AutoModelForCausalLM.from_pretrained("this folder"{how})
 ```
 
