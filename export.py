@@ -9,8 +9,7 @@
     model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)
 
 Attention becomes a class of transformers with the same logits where there is one (`stock_class`);
-everything else brings its own sources, which need torch and transformers only. safetensors is an
-optional package.
+everything else brings its own sources, which need torch and transformers only.
 """
 import argparse
 import ast
@@ -30,7 +29,7 @@ import checkpoint
 from data.tokenizer import tokenizer_files
 from exported import (ACTIVATIONS, DERIVED, KEY, SETTINGS, STOCK, WEIGHTS, digest, optional,
                       stock_class, to_stock)
-from flags import Parser
+from flags import Parser, listed
 from parts import norm
 from sample import build, find, make_tokenizer, val_loss
 from shards import tokenizer_of
@@ -92,6 +91,7 @@ def names_in(node) -> set[str]:
 def model_source() -> str:
     """The part of train_gpt2.py that GPT consists of; a Config is a bag of config.json's fields."""
     text = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
+    source = text.splitlines()
     defined = {}
     imports = {}
     for node in ast.parse(text).body:
@@ -102,23 +102,25 @@ def model_source() -> str:
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 imports[alias.asname or alias.name.split(".")[0]] = (node, alias)
-    needed = {"GPT"}
+    # The one method of Config's that GPT calls; its properties are values here.
+    at = next(part for part in defined["Config"].body if getattr(part, "name", "") == "at")
+    needed = {"GPT", *names_in(at)}
     ready = set()
     while new := needed - ready - {"Config"}:
         ready |= new
         for name in new & defined.keys():
             needed |= names_in(defined[name])
     lines = ['"""The model, taken from train_gpt2.py of spectral-nanogpt by its export.py."""',
-             "from types import SimpleNamespace as Config"]
+             "from types import SimpleNamespace"]
     for name in sorted(ready & imports.keys()):
         node, alias = imports[name]
         if isinstance(node, ast.ImportFrom):
             lines.append(f"from {node.module} import {ast.unparse(alias)}")
         else:
             lines.append(f"import {ast.unparse(alias)}")
-    source = text.splitlines()
+    lines += ["", "", "class Config(SimpleNamespace):", *source[at.lineno - 1:at.end_lineno]]
     for name, node in defined.items():
-        if name in ready:
+        if name in ready - {"Config"}:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
             lines += ["", "", *source[first - 1:node.end_lineno]]
     return "\n".join(lines) + "\n"
@@ -155,17 +157,16 @@ def recipe(cfg: Config) -> str:
         if f.type is bool:
             words.append(f"--{f.name}" if value else f"--no-{f.name}")
         else:
-            words.append(f"--{f.name} {shlex.quote(str(value))}")
+            words.append(f"--{f.name} {shlex.quote(','.join(map(str, listed(value))))}")
     return " ".join(words)
 
 
 def card(model: GPT, facts: dict, name: str | None, log: bool) -> str:
     """README.md: what was trained, how, on how much, and where that is written down."""
     cfg = model.cfg
-    n = sum(p.numel() for p in model.parameters())
     how = "" if name else ", trust_remote_code=True"
-    known = {"tokens": "trained on {:,} tokens", "step": "{:,} steps", "val_loss":
-             "validation loss {} nats per token", "tokenizer": "tokenizer: {}"}
+    known = {"n": "{:,} parameters", "tokens": "trained on {:,} tokens", "step": "{:,} steps",
+             "val_loss": "validation loss {} nats per token", "tokenizer": "tokenizer: {}"}
     lines = [f"* {line.format(facts[name])}" for name, line in known.items() if facts.get(name)]
     if log:
         lines.append("* [the run's log](log.txt), with its machine and the checksums of its data")
@@ -174,7 +175,7 @@ license: mit
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# A language model of {n:,} parameters, {cfg.mixer}
+# A language model by {cfg.mixer}
 
 Trained with spectral-nanogpt, context {cfg.sequence_length:,} tokens:
 
@@ -218,8 +219,8 @@ def folder_files(saved: dict, path: Path, ranks) -> tuple[str | None, dict, dict
     model = build(saved, path)
     name, cfg, config, weights = converted(model)
     kind = saved.get("tokenizer") or tokenizer_of(cfg.vocab_size)
-    facts = dict(step=saved["step"], tokens=saved.get("progress", {}).get("tokens"),
-                 val_loss=val_loss(saved, path), tokenizer=kind)
+    facts = dict(n=sum(p.numel() for p in model.parameters()), step=saved["step"], tokenizer=kind,
+                 tokens=saved.get("progress", {}).get("tokens"), val_loss=val_loss(saved, path))
     settings = {key: value for key, value in asdict(cfg).items() if key not in checkpoint.FREE}
     settings |= {key: getattr(cfg, key) for key in DERIVED}
 
@@ -266,15 +267,13 @@ def main(argv=None):
         with TemporaryDirectory(prefix=".export_", dir=out.parent) as place:
             part = Path(place, "part")
             part.mkdir()
-            weights = {key: weight.contiguous() for key, weight in weights.items()}
             save(weights, part / WEIGHTS, metadata=dict(format="pt", sha256=digest(weights)))
             for file, content in files.items():
                 (part / file).write_text(content, encoding="utf-8")
             os.replace(part, out)
     except OSError as e:
         raise SystemExit(f"--out {out}: cannot be written ({e.strerror or e})") from None
-    kind = f"{name} of transformers" if name else "a class of its own, with its sources"
-    print(f"{out}: {kind}, {len(files) + 1} files")
+    print(f"{out}: {name or 'a class of its own'}, {len(files) + 1} files")
 
 
 if __name__ == "__main__":

@@ -220,8 +220,8 @@ def read(path: Path, Config) -> dict:
 
 # Fields that say how a model is trained, not what it computes.
 OF_TRAINING = checkpoint.FREE | {
-    "shuffle", "batches", "document_token", "model", "zero_init", "dropout", "gpas_clip", "recompute",
-    "afno_backend", "gdn_chunk", "optim", "batch_size", "grad_accumulation_steps",
+    "shuffle", "batches", "document_token", "model", "zero_init", "dropout", "gpas_clip",
+    "recompute", "afno_backend", "gdn_chunk", "optim", "batch_size", "grad_accumulation_steps",
     "num_iterations", "schedule", "warmup_iters", "warmdown_iters", "lr_start", "lr_end",
     "learning_rate", "embed_lr_scale", "head_lr_scale", "vector_lr_scale", "kernel_lr_scale",
     "lambda_lr_scale", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "grad_clip",
@@ -247,10 +247,10 @@ def start_from(cfg, model):
     own = model.state_dict()
     weights = saved["model"]
     for name in sorted(own.keys() | weights.keys()):
-        shapes = [tuple(table[name].shape) if name in table else "missing"
-                  for table in (own, weights)]
-        if shapes[0] != shapes[1]:
-            raise SystemExit(f"--init_from {path}: {name} is {shapes[1]} there, {shapes[0]} here")
+        here, there = (tuple(table[name].shape) if name in table else "missing"
+                       for table in (own, weights))
+        if here != there:
+            raise SystemExit(f"--init_from {path}: {name} is {there} there, {here} here")
     if bad := checkpoint.bad_weights(weights):
         raise SystemExit(f"--init_from {path}: {bad}")
     model.load_state_dict(weights)

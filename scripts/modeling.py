@@ -5,8 +5,6 @@ from train_gpt2.py) and the files it imports. Needs torch and transformers.
 
 Letters: B batch, T time, V vocabulary.
 """
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +12,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .decode import Context
-from .gpt import GPT
+from .gpt import GPT, Config
 
 
 class SpectralConfig(PretrainedConfig):
@@ -37,7 +35,10 @@ class SpectralForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SpectralConfig):
         super().__init__(config)
-        self.gpt = GPT(SimpleNamespace(**config.spectral_nanogpt["settings"]))
+        # JSON knows no tuples.
+        settings = {name: tuple(value) if isinstance(value, list) else value
+                    for name, value in config.spectral_nanogpt["settings"].items()}
+        self.gpt = GPT(Config(**settings))
         self.post_init()
 
     def _init_weights(self, module):

@@ -42,7 +42,7 @@ CASES = {
     "no cap": ("ApertusForCausalLM", LLAMA | dict(tie_embeddings=True)),
     "afno": (OWN, dict(mixer="afno", output_conv=True)),
     "hybrid": (OWN, dict(mixer="afno,attn", value_residual=True, x0_shortcut=True, unet_skips=True,
-                         short_conv=True)),
+                         short_conv=True, window=(0, 9))),
     "fan": (OWN, dict(mixer="fan", head_norm="qkv", linear="cola", norm="hybrid_star", mlp="swiglu",
                       residual="gated", tie_embeddings=True, n_kv_head=1)),
     "gdn hybrid": (OWN, dict(mixer="gdn,fan", n_kv_head=1, mlp="polynorm_gated", norm="lns",

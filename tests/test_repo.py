@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Lines.
-CAPS = {"train_gpt2.py": 1550, "parts.py": 410, "kernels.py": 600, "bench.py": 410,
+CAPS = {"train_gpt2.py": 1565, "parts.py": 410, "kernels.py": 600, "bench.py": 410,
         "fftnet.py": 295, "race.py": 285, "attention.py": 295, "flags.py": 310}
 OTHERS = 280
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
