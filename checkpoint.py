@@ -24,8 +24,8 @@ BEST = "best.pt"
 # another, and what the rate then does is said.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "device", "compile",
         "val_batch_size", "val_loss_every", "val_tail_every", "train_loss_every", "save_every",
-        "keep", "target_val_loss", "log", "peak_flops", "estimate", "resume", "resume_anyway",
-        "skip_bad_steps"}
+        "keep", "target_val_loss", "log", "peak_flops", "estimate", "init_from", "resume",
+        "resume_anyway", "skip_bad_steps"}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ def pick_device(name: str, local_rank: int, only_told: bool = False) -> torch.de
 
 def first_line(e: BaseException) -> str:
     """What an error says, short enough for a line of ours."""
-    return (str(e) or type(e).__name__).splitlines()[0][:120]
+    # torch lists below such a line which weights do not fit.
+    text = (str(e) or type(e).__name__).replace(":\n\t", ": ")
+    return text.splitlines()[0][:120]
 
 
 def is_out_of_memory(e: BaseException) -> bool:

@@ -27,10 +27,12 @@ if __name__ == "__main__" and not IGNORED:
 
 import torch
 
+import exported
 from checkpoint import read
 from decode import Context, generate
 from flags import Parser
 from machine import first_line, pick_device
+from quantize import quantized
 from shards import TOKENIZERS, tokenizer_of
 from train_gpt2 import GPT, ROOT, Config
 
@@ -74,16 +76,20 @@ def build(saved, path):
     return model.eval()
 
 
-def describe(saved, path) -> str:
-    """Path, step and, where the log beside the checkpoint has it, the step's validation loss."""
-    step = saved["step"]
+def val_loss(saved, path) -> str:
+    """The step's validation loss where the log beside the checkpoint has it, else nothing."""
     try:
         log = path.with_name("log.txt").read_text(errors="replace")
     except OSError:
-        log = ""
-    losses = re.findall(rf"^step:{step}/\d+ val_loss:(\S+)", log, re.MULTILINE)
-    loss = f", val_loss {losses[-1]}" if losses else ""
-    return f"checkpoint: {path}, step {step}{loss}"
+        return ""
+    losses = re.findall(rf"^step:{saved['step']}/\d+ val_loss:(\S+)", log, re.MULTILINE)
+    return losses[-1] if losses else ""
+
+
+def describe(saved, path) -> str:
+    """Path, step and, where it is known, the step's validation loss."""
+    loss = val_loss(saved, path)
+    return f"checkpoint: {path}, step {saved['step']}" + (f", val_loss {loss}" if loss else "")
 
 
 class Tokenizer(NamedTuple):
@@ -161,6 +167,12 @@ def parse(argv=None):
     p = Parser(allow_abbrev=False, description=__doc__.splitlines()[0])
     p.add_argument("checkpoint", nargs="?", type=Path,
                    help="a run's folder or its model.pt (default: the newest below logs/)")
+    p.add_argument("--load", type=Path, metavar="DIR",
+                   help="instead: a folder that export.py has written")
+    p.add_argument("--quantize", choices=("int8",),
+                   help="write with int8 weights, and say what that costs; on a CPU")
+    p.add_argument("--data", default="", metavar="DIR",
+                   help="for --quantize: shards that the loss is measured on (default: the run's)")
     p.add_argument("--prompt", help="what the text begins with (default: a new document, or line)")
     p.add_argument("--interactive", action="store_true",
                    help="continue every line of stdin; Ctrl-C stops a text, Ctrl-D leaves")
@@ -181,6 +193,10 @@ def parse(argv=None):
     p.add_argument("--ranks", type=Path, metavar="FILE",
                    help="for Qwen's tokens, as in data/text.py")
     args = argparse.Namespace(**p.typed(sys.argv[1:] if argv is None else argv))
+    if args.load and args.checkpoint:
+        p.error(f"{args.checkpoint} and --load {args.load}: two models: drop one")
+    if args.data and not args.quantize:
+        p.error("--data is for --quantize: drop it")
     if args.top_k < 0 or args.num_samples < 1:
         p.error("--top_k must not be negative, --num_samples at least 1")
     if not 0 <= args.min_new_tokens <= args.max_new_tokens:
@@ -201,11 +217,18 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     device = pick_device(args.device, 0)
-    path = find(args.checkpoint)
-    saved = read(path)
+    if args.load:
+        path = args.load / exported.WEIGHTS
+        saved = exported.read(args.load, Config)
+    else:
+        path = find(args.checkpoint)
+        saved = read(path)
     model = build(saved, path)
     tokenizer = make_tokenizer(saved.get("tokenizer"), model.cfg.vocab_size, args.ranks)
     print(describe(saved, path), file=sys.stderr, flush=True)
+    if args.quantize:
+        model, cost = quantized(model, device, args.data)
+        print(cost, file=sys.stderr, flush=True)
     del saved                                        # the optimizers' memory
     n = args.num_samples
     context = Context(model.to(device), n)

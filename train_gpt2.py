@@ -45,6 +45,7 @@ from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
 from documents import Padded, document_token, fill
 from estimate import flops_per_token, memory_estimate, report
+from exported import start_from
 from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
 from flags import check_settings, check_words, listed, make_parser
@@ -193,6 +194,7 @@ class Config:
     train_loss_every: int = 25                       # steps between train lines in the log
     save_every: int = 250                            # steps between checkpoints; 0: at the end
     keep: int = 1                                    # how many of them; best.pt is kept besides
+    init_from: str = ""                              # first weights: a run's, or an export's
     resume: str = ""                                 # go on from auto, a run's folder or checkpoint
     resume_anyway: bool = False                      # though its flags or its data were others
     skip_bad_steps: int = 0                          # steps without finite gradients to pass over
@@ -233,6 +235,10 @@ class Config:
         return self.pos == "rope"
 
     @property
+    def mask_documents(self) -> bool:
+        return BATCHES[self.batches][0].mask_documents
+
+    @property
     def mixers(self) -> list[str]:
         """One row name a layer."""
         names = self.rows("mixer")
@@ -271,6 +277,8 @@ def parse(argv: list[str] | None = None) -> Config:
         cfg = Config(**typed)
     except ValueError as e:
         parser.error(str(e))
+    if cfg.init_from and cfg.resume:
+        parser.error("--init_from with --resume: a run that goes on has its weights: drop one")
     for name in ALWAYS_ACCEPTED:
         if typed.get(name) and name not in cfg.fields_read():
             parser.error(f"--{name} has no effect here, no mixer in use has heads: drop it")
@@ -381,7 +389,7 @@ class GPT(nn.Module):
         if cfg.unet_skips:
             self.skip_lambda = nn.Parameter(torch.ones(L // 2))
 
-        self.mask_documents = BATCHES[cfg.batches][0].mask_documents
+        self.mask_documents = cfg.mask_documents
         self.check_parts()
         init_weights(self)
 
@@ -427,9 +435,12 @@ class GPT(nn.Module):
                 skips.append(x)
         return self.cfg.logit_scale * norm(x)
 
+    def unembed(self, h: Tensor) -> Tensor:
+        return F.linear(h, self.head_gain(self.head.weight))
+
     def logits(self, h: Tensor) -> Tensor:
         """(..., C) -> (..., V), in fp32 or wider."""
-        z = F.linear(h, self.head_gain(self.head.weight))
+        z = self.unembed(h)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return softcap(z, self.cfg.logit_softcap)[..., :self.cfg.vocab_size]
 
@@ -465,7 +476,7 @@ class GPT(nn.Module):
 
     def init_state(self, B: int):
         """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
-        begin = self.head.weight.new_zeros(B, dtype=torch.long)
+        begin = self.wte.weight.new_zeros(B, dtype=torch.long)
         return [block.init_state(B) for block in self.blocks], 0, begin
 
     def prefill(self, idx: Tensor):
@@ -1057,10 +1068,13 @@ OPTIMS = {
     "ademamix": (build_ademamix, own("ademamix", "alpha", "beta3", "warmup")),
     "soap": (build_soap, own("soap", "beta", "frequency")),
 }
-AXES = {
+# What `build` makes a model of.
+PARTS = {
     "mixer": MIXERS, "mlp": MLPS, "norm": NORMS, "residual": RESIDUALS, "linear": LINEARS,
-    "head_norm": HEAD_NORMS, "pos": POSITIONS, "recompute": RECOMPUTE, "batches": BATCHES,
-    "optim": OPTIMS, "schedule": SCHEDULES,
+    "head_norm": HEAD_NORMS, "pos": POSITIONS,
+}
+AXES = PARTS | {
+    "recompute": RECOMPUTE, "batches": BATCHES, "optim": OPTIMS, "schedule": SCHEDULES,
 }
 
 
@@ -1085,12 +1099,12 @@ KNOBS = readers()
 
 def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
     """The module a row names: its sizes, then the arguments that the row takes from cfg."""
-    cls, arguments = AXES[axis][row]
+    cls, arguments = PARTS[axis][row]
     values = {}
     for argument, field in arguments.items():
         if field == "layer":
             values[argument] = layer
-        elif field in AXES:
+        elif field in PARTS:
             values[argument] = partial(build, field, getattr(cfg, field), cfg)
         else:
             values[argument] = cfg.at(field, layer)
@@ -1379,6 +1393,7 @@ def train(cfg: Config, signals) -> float | None:
     state, path = checkpoint.resumed(cfg, data, rank)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
+    started = start_from(cfg, model) if cfg.init_from and not state else ""
     torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
     table = roles(model)
     optimizers = build_optimizers(cfg, model)
@@ -1399,7 +1414,7 @@ def train(cfg: Config, signals) -> float | None:
     length = f"{cfg.minutes:g} minutes of steps" if cfg.minutes else f"{cfg.num_iterations:,} steps"
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
         f"{batches.per_step:,} tokens, validated on {val_batches.targets(val_n):,} tokens")
-    for line in ramp_notes(cfg):
+    for line in filter(None, (started, *ramp_notes(cfg))):
         say(line)
     if cfg.resume and not path:
         say("note: nothing to go on from fits these flags and these data: a new run")

@@ -80,13 +80,17 @@ def brief(error):
     return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
-def merge_ranks(merges):
-    """GPT-2's spelling of merges -> {token: rank}: the 256 bytes, then what each merge makes."""
-    # each byte is spelled as one visible character: the 68 invisible ones as U+0100 and up
+def byte_characters():
+    """GPT-2's spelling, {visible character: byte}: the 68 invisible ones as U+0100 and up."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
-    byte_of = {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    ranks = {bytes([b]): rank for rank, b in enumerate(visible + hidden)}
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+def merge_ranks(merges):
+    """GPT-2's spelling of merges -> {token: rank}: the 256 bytes, then what each merge makes."""
+    byte_of = byte_characters()
+    ranks = {bytes([b]): rank for rank, b in enumerate(byte_of.values())}
     for line in merges:
         ranks[bytes(byte_of[c] for c in line.replace(" ", ""))] = len(ranks)
     return ranks
