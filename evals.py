@@ -28,8 +28,8 @@ import torch
 
 from checkpoint import read
 from flags import Parser
-from harness import row, run_tasks, start_of, tell
-from likelihood import pieces, score
+from share.harness import row, run_tasks, start_of, tell
+from share.likelihood import pieces, score
 from machine import pick_device
 from sample import build, describe, find, make_tokenizer
 from shards import BYTE_VOCAB

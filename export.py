@@ -140,7 +140,7 @@ def sources() -> dict[str, str]:
         found[name] = re.sub(rf"^from ({'|'.join(used or ['-'])}) import", r"from .\1 import", text,
                              flags=re.MULTILINE)
         waiting += [word for word in used if word not in found]
-    modeling = (ROOT / "scripts/modeling.py").read_text(encoding="utf-8")
+    modeling = (ROOT / "share/modeling.py").read_text(encoding="utf-8")
     return {f"{name}.py": text for name, text in found.items()} | {f"{MODELING}.py": modeling}
 
 

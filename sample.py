@@ -32,7 +32,7 @@ from checkpoint import read
 from decode import Context, generate
 from flags import Parser
 from machine import first_line, pick_device
-from quantize import quantized
+from share.quantize import quantized
 from shards import TOKENIZERS, tokenizer_of
 from train_gpt2 import GPT, ROOT, Config
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import evals
-import harness
+from share import harness
 from checkpoint import write as write_checkpoint
 from data import tasks
 from data.text import gpt2_encoding
 from decode import Context, generate
-from likelihood import cut, kept, pieces, score, write
+from share.likelihood import cut, kept, pieces, score, write
 from sample import make_tokenizer
 from tests.checks import awake, small
 from train_gpt2 import GPT, Config

@@ -15,7 +15,7 @@ import exported
 import sample
 from checkpoint import write
 from decode import Context, generate
-from quantize import Int8GPT, compare, weight_bytes
+from share.quantize import Int8GPT, compare, weight_bytes
 from sample import make_tokenizer
 from tests.checks import awake, small
 from tests.runs import steps, train

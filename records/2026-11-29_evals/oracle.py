@@ -18,7 +18,7 @@ def main():
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    import harness
+    from share import harness
     from data.tasks import localise
     from sample import make_tokenizer
     from tests.test_evals import gpt2_tokenizer, llama_of, model_of

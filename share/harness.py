@@ -15,7 +15,7 @@ from statistics import fmean
 from data.tasks import localise
 from data.text import QUIET
 from flags import near
-from likelihood import kept, score, write
+from share.likelihood import kept, score, write
 from machine import first_line
 
 # Draws of lm-eval's bootstrap, for metrics that are no means.
