@@ -172,7 +172,6 @@ class Config:
     grad_clip: float = 0.0                           # global norm; 0 is off
     muon_learning_rate: float = 0.02                 # of the matrices inside blocks
     muon_row_beta: float = 0.0                       # NorMuon: decay of rows' mean squares; 0: off
-    cautious_decay: bool = False                     # Muon decays what its update shrinks, too
     muon_momentum: float = 0.95                      # behind its warm-up
     muon_momentum_warmup: int = 300                  # steps from 0.85; -0.013 was seen over 500
     ademamix_alpha: float = 5.0                      # weight of the slow momentum
@@ -604,14 +603,13 @@ class Muon(torch.optim.Optimizer):
     Matrices of one shape (or its transpose) go through Newton-Schulz as one batch, stacks included.
     With several processes each does its share of the batch and gathers the rest. Needs gradients
     that are already averaged. row_beta > 0 divides each row by its running size, and keeps the
-    matrix's own (NorMuon, arXiv 2510.05491); cautious decays only weights that the update brings
-    nearer to 0 (arXiv 2510.12402). At 124M parameters and 5100 steps AdamW ends at 3.3406 and Muon
-    at 3.2760 (modded-nanogpt, logs of 2024-10-29). Source: github.com/KellerJordan/Muon.
+    matrix's own (NorMuon, arXiv 2510.05491). At 124M parameters and 5100 steps AdamW ends at 3.3406
+    and Muon at 3.2760 (modded-nanogpt, logs of 2024-10-29). Source: github.com/KellerJordan/Muon.
     """
     def __init__(self, params, lr: float, momentum: float, weight_decay: float,
-                 row_beta: float = 0.0, cautious: bool = False):
+                 row_beta: float = 0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
-                                      row_beta=row_beta, cautious=cautious))
+                                      row_beta=row_beta))
 
     @torch.no_grad()
     def step(self):
@@ -640,15 +638,14 @@ class Muon(torch.optim.Optimizer):
                     if group["row_beta"]:
                         result = self.by_rows(result, self.state[p], group["row_beta"])
                     lr = group["lr"] * max(1, rows / columns) ** 0.5
-                    decay = group["lr"] * group["weight_decay"]
-                    if group["cautious"]:
-                        decay = decay * (result * p > 0)
-                    p.mul_(1 - decay)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(result, alpha=-lr)
 
     @staticmethod
     def by_rows(update: Tensor, state: dict, beta: float) -> Tensor:
         """(..., out, in) -> each row over the root of its running mean square, of the old norm."""
+        # Newton-Schulz may have been in bf16, in which a mean would stand still.
+        update = update.to(torch.promote_types(update.dtype, torch.float32))
         square = update.square().mean(dim=-1, keepdim=True)
         mean = state.setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
         scaled = update / (mean.sqrt() + 1e-8)
@@ -734,7 +731,7 @@ def build_muon(cfg: Config, table):
     """Muon for the matrices, AdamW without weight decay for the rest."""
     matrices, rest = split_matrices(table)
     muon = Muon(matrices, cfg.muon_learning_rate, cfg.muon_momentum, cfg.weight_decay,
-                cfg.muon_row_beta, cfg.cautious_decay)
+                cfg.muon_row_beta)
     return [muon, adamw(cfg, rest)]
 
 
@@ -1063,8 +1060,7 @@ SCHEDULES = {
 }
 OPTIMS = {
     "adamw": (build_adamw, {}),
-    "muon": (build_muon, own("muon", "learning_rate", "momentum", "momentum_warmup", "row_beta")
-             | same("cautious_decay")),
+    "muon": (build_muon, own("muon", "learning_rate", "momentum", "momentum_warmup", "row_beta")),
     "ademamix": (build_ademamix, own("ademamix", "alpha", "beta3", "warmup")),
     "soap": (build_soap, own("soap", "beta", "frequency")),
 }
