@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import sys
 import traceback
@@ -61,7 +62,7 @@ def said(e: BaseException) -> str:
     """An exception in one line, with the line of code that it comes from."""
     frames = [frame for frame in traceback.extract_tb(e.__traceback__)
               if Path(frame.filename).parent != ROOT and "torch/nn/modules" not in frame.filename
-              and not frame.filename.startswith("<")]
+              and "importlib" not in frame.filename and not frame.filename.startswith("<")]
     if isinstance(e, SyntaxError):
         return f"SyntaxError: {e.msg} (line {e.lineno})"
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
@@ -124,9 +125,11 @@ def find(source: str):
     thing = module
     for part in name.split("."):
         thing = getattr(thing, part, None)
-    if not callable(thing):
+    if thing is None:
         hint = near(name, vars(module)) or f"there are {', '.join(classes) or 'no modules'}"
         raise Trouble(f"{place}: has no {name}: {hint.strip()}")
+    if not callable(thing):
+        raise Trouble(f"{source}: is a {type(thing).__name__}, no class, function or module")
     return thing
 
 
@@ -179,6 +182,7 @@ def from_transformers(name: str, kwargs: dict) -> Origin:
     except ImportError:
         raise Trouble("--hf needs transformers: pip install transformers") from None
     transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
     folder = Path(name)
     known = transformers.AutoConfig
@@ -221,17 +225,25 @@ def from_transformers(name: str, kwargs: dict) -> Origin:
 # Inputs that it takes
 
 class Least(TorchDispatchMode):
-    """Notes the least precise type that any operation computes in: it decides what is rounding."""
-    def __init__(self):
+    """Notes the least precise type of all that is computed from x: it decides what is rounding.
+
+    What does not depend on x, such as a mask or a table of positions, rounds the same every time.
+    """
+    def __init__(self, x: Tensor):
         super().__init__()
         self.dtype = torch.float64
+        # Held, so that no other tensor takes an id.
+        self.from_x = {id(x): x}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            dtype = REAL.get(leaf.dtype, leaf.dtype) if isinstance(leaf, Tensor) else None
-            if NOISE.get(dtype, 0) > NOISE[self.dtype]:
-                self.dtype = dtype
+        if any(id(leaf) in self.from_x for leaf in tree_leaves((args, kwargs))):
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self.from_x[id(leaf)] = leaf
+                    dtype = REAL.get(leaf.dtype, leaf.dtype)
+                    if NOISE.get(dtype, 0) > NOISE[self.dtype]:
+                        self.dtype = dtype
         return out
 
 

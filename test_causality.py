@@ -213,6 +213,14 @@ def chosen(rows, words):
     return dict.fromkeys(names)
 
 
+def test_rows_are_chosen_by_name():
+    assert list(chosen(CASES, ["afno", "gdn"])) == ["afno", "afno/fft", "afno/toeplitz",
+                                                    "afno/cut", "gdn"]
+    assert list(chosen(CASES, [])) == list(CASES)
+    with pytest.raises(SystemExit, match="afnp: no such row; did you mean afno?"):
+        chosen(CASES, ["attn", "afnp"])
+
+
 def main(words=()):
     """Print the table; True (exit code 1) if a mixer fails or a planted fault passes."""
     names = chosen(CASES | GPTS | FAULTS, words)
