@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -37,8 +38,11 @@ WIDTHS = ("dim", "d_model", "hidden_size", "n_embd", "embed_dim", "model_dim", "
 VOCABS = ("vocab_size", "num_tokens", "n_vocab", "vocab", "n_tokens", "num_embeddings", "V")
 # Longer than a block of 128 and a multiple of nothing; then what a stranger may insist on.
 LENGTHS = 151, 128, 64, 32, 16, 8
-# {dtype: the rounding that is no leak, relative to the largest output}
-NOISE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# A forward that takes more seconds is tried with fewer tokens: about fifty follow.
+SLOW = 0.4
+# {dtype: the rounding that is no leak, relative to the largest output}. Scans in fp32 reach 3e-5 in
+# weights drawn anew, on outputs that no change of later inputs moves by a bit.
+NOISE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 REAL = {torch.complex128: torch.float64, torch.complex64: torch.float32,
         torch.complex32: torch.float16}
 
@@ -168,6 +172,7 @@ SMALL = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_h
              state_size=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
              shared_expert_intermediate_size=64, linear_key_head_dim=16, linear_value_head_dim=16,
              linear_num_key_heads=2, linear_num_value_heads=4, max_position_embeddings=512,
+             chunk_size=32, mamba_chunk_size=32, mamba_d_state=16,
              pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
@@ -325,7 +330,7 @@ class Stranger:
 def settle(origin: Origin, dim=None, vocab=None, T=None) -> Stranger:
     """Find the kind of input, its size, a length and the most exact dtype that a stranger takes.
 
-    Trouble with its own words, about the likeliest input, where it takes none.
+    Trouble with its own words, about the likeliest of each kind, where it takes none.
     """
     module = origin.build()
     tried = candidates(module, origin.sizes, dim, vocab, origin.ids)
@@ -333,15 +338,20 @@ def settle(origin: Origin, dim=None, vocab=None, T=None) -> Stranger:
         raise Trouble(f"{origin.name}: how many tokens it knows is not found: --vocab N")
     own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     for dtype in dict.fromkeys((torch.float64, torch.float32, own)):
-        reason = None
+        reasons = {}
         for length in [T] if T else LENGTHS:
             for ids, size in tried:
                 try:
                     with torch.no_grad():
                         stranger = Stranger(origin, ids, size, length, dtype)
                         stranger(stranger.inputs(2))
-                    # A new one: this call may have left something behind.
-                    return Stranger(origin, ids, size, length, dtype)
+                        start = time.monotonic()
+                        stranger(stranger.inputs(2))
+                    if T or length <= 32 or time.monotonic() - start < SLOW:
+                        # A new one: these calls may have left something behind.
+                        return Stranger(origin, ids, size, length, dtype)
                 except Exception as e:
-                    reason = reason or (str(e) if isinstance(e, Trouble) else said(e))
-    raise Trouble(f"{origin.name}: {reason}")
+                    reasons.setdefault(ids, str(e) if isinstance(e, Trouble) else said(e))
+    kinds = {False: "floats", True: "ids"}
+    why = [f"given {kinds[ids]}: {reason}" for ids, reason in sorted(reasons.items())]
+    raise Trouble(f"{origin.name}: {'; '.join(why)}")
