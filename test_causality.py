@@ -2,7 +2,7 @@
 
     python test_causality.py                # the table: mixers x checks, planted leaks x checks
     python test_causality.py afno gdn       # these rows of it
-    python test_causality.py my_mixer.py:MyMixer --kwargs '{"dim": 64}'    # yours: leaks.py
+    python test_causality.py my_mixer.py:MyMixer --kwargs '{"dim": 64}'    # yours: share/leaks.py
     python -m pytest -q test_causality.py
 
 All weights are drawn anew first: behind a projection that starts at zero, any leak is invisible.
@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-import leaks
 from flags import choices
+from share import leaks
 from tests.checks import (C, T, alive, apart, awake, batch, decode, jacobian, noise, prefix, pure,
                           small)
 from tests.published import PUBLISHED, ZeroPaddedAFNO

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import leaks
-import strangers
+from share import leaks, strangers
 
 ROOT = Path(__file__).resolve().parent.parent
 # A stranger's file: nothing of ours is imported, though its neighbour has a name of ours.
@@ -376,7 +375,7 @@ COLUMNS = "future", "prefix", "learn", "padding", "cache"
 
 
 def said_of(report, check):
-    """What the table of the record says of a check: — where it was not done, ok, or the number."""
+    """What the record says of a check: — where it was not done, ok, or the number."""
     row = report["checks"][check]
     if row["measured"] is None:
         return "—"

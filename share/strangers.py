@@ -31,7 +31,9 @@ from torch.utils._pytree import tree_leaves
 from flags import near
 from machine import first_line
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+# Where modules of ours are; an environment may lie below ROOT, too.
+OURS = ROOT, ROOT / "share", ROOT / "tests", ROOT / "data"
 # What people call C and V, as arguments, attributes or fields of a config.
 WIDTHS = ("dim", "d_model", "hidden_size", "n_embd", "embed_dim", "model_dim", "emb_dim",
           "channels", "in_channels", "in_features", "input_size", "hidden_dim", "d", "C")
@@ -65,8 +67,8 @@ class Origin:
 def said(e: BaseException) -> str:
     """An exception in one line, with the line of code that it comes from."""
     frames = [frame for frame in traceback.extract_tb(e.__traceback__)
-              if Path(frame.filename).parent != ROOT and "torch/nn/modules" not in frame.filename
-              and "importlib" not in frame.filename and not frame.filename.startswith("<")]
+              if Path(frame.filename).parent not in OURS and not frame.filename.startswith("<")
+              and not any(part in frame.filename for part in ("torch/nn/modules", "importlib"))]
     if isinstance(e, SyntaxError):
         return f"SyntaxError: {e.msg} (line {e.lineno})"
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
@@ -93,7 +95,9 @@ def import_file(path: Path):
     if not path.is_file():
         raise Trouble(f"{path}: no such file")
     for name, module in list(sys.modules.items()):
-        if name != "__main__" and Path(getattr(module, "__file__", None) or "/").parent == ROOT:
+        where = getattr(module, "__dict__", {})
+        folders = where.get("__path__") or [os.path.dirname(where.get("__file__") or "/")]
+        if name != "__main__" and any(Path(folder) in OURS for folder in folders):
             del sys.modules[name]
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location("stranger", path.resolve())
