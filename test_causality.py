@@ -214,8 +214,9 @@ def chosen(rows, words):
 
 
 def test_rows_are_chosen_by_name():
-    assert list(chosen(CASES, ["afno", "gdn"])) == ["afno", "afno/fft", "afno/toeplitz",
-                                                    "afno/cut", "gdn"]
+    found = list(chosen(CASES, ["gdn", "afno"]))
+    assert found[:2] == ["gdn", "afno"] and "afno/fft" in found[2:]
+    assert all(case.startswith("afno/") for case in found[2:])
     assert list(chosen(CASES, [])) == list(CASES)
     with pytest.raises(SystemExit, match="afnp: no such row; did you mean afno?"):
         chosen(CASES, ["attn", "afnp"])
