@@ -1,6 +1,8 @@
 """Does anything see the future? Every row of MIXERS against every check, and planted leaks.
 
     python test_causality.py                # the table: mixers x checks, planted leaks x checks
+    python test_causality.py afno gdn       # these rows of it
+    python test_causality.py my_mixer.py:MyMixer --kwargs '{"dim": 64}'    # yours: share/leaks.py
     python -m pytest -q test_causality.py
 
 All weights are drawn anew first: behind a projection that starts at zero, any leak is invisible.
@@ -13,6 +15,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+from flags import choices
+from share import leaks
 from tests.checks import (C, T, alive, apart, awake, batch, decode, jacobian, noise, prefix, pure,
                           small)
 from tests.published import PUBLISHED, ZeroPaddedAFNO
@@ -194,20 +198,53 @@ def print_row(name, results) -> bool:
     return bad
 
 
-def main():
+def chosen(rows, words):
+    """The rows of these names, with their settings: afno is afno and afno/fft; no words: all.
+
+    SystemExit with one line for a word that names none.
+    """
+    names = list(rows) if not words else []
+    for word in words:
+        found = [row for row in rows if row == word or row.startswith(f"{word}/")]
+        if not found:
+            raise SystemExit(f"{word}: no such row; {choices(word, rows)}; a model of your own is "
+                             "FILE.py:NAME or --hf NAME")
+        names += found
+    return dict.fromkeys(names)
+
+
+def test_rows_are_chosen_by_name():
+    found = list(chosen(CASES, ["gdn", "afno"]))
+    assert found[:2] == ["gdn", "afno"] and "afno/fft" in found[2:]
+    assert all(case.startswith("afno/") for case in found[2:])
+    assert list(chosen(CASES, [])) == list(CASES)
+    with pytest.raises(SystemExit, match="afnp: no such row; did you mean afno?"):
+        chosen(CASES, ["attn", "afnp"])
+
+
+def main(words=()):
     """Print the table; True (exit code 1) if a mixer fails or a planted fault passes."""
+    names = chosen(CASES | GPTS | FAULTS, words)
     print(" " * 22 + "".join(f"{check:>10}" for check in CHECKS))
     failed = []
-    for case in CASES | GPTS:
-        failed.append(print_row(case, [measure(check, case) for check in CHECKS]))
-    print("\nplanted faults, each to be caught")
+    for case in names:
+        if case not in FAULTS:
+            failed.append(print_row(case, [measure(check, case) for check in CHECKS]))
     caught = []
-    for name, (m, _) in FAULTS.items():
-        caught.append(print_row(name, [check(m) for check in MAP_CHECKS.values()]))
-    for name, cls in PUBLISHED.items():
-        caught.append(print_row(name, [None] * 7 + [learn("attn", cls)]))
+    if names.keys() & FAULTS.keys():
+        print("\nplanted faults, each to be caught")
+    for name in names:
+        if name in FAULTS:
+            m = FAULTS[name][0]
+            caught.append(print_row(name, [check(m) for check in MAP_CHECKS.values()]))
+    for name in names:
+        if name in PUBLISHED:
+            caught.append(print_row(name, [None] * 7 + [learn("attn", PUBLISHED[name])]))
     return any(failed) or not all(caught)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words = sys.argv[1:]
+    if any(word[0] == "-" or ":" in word or word.endswith(".py") for word in words if word):
+        sys.exit(leaks.main(words))
+    sys.exit(main(words))

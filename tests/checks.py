@@ -26,7 +26,9 @@ def awake(module):
     torch.manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(torch.randn_like(p) * p.size(-1) ** -0.5)
+            if p.is_floating_point() or p.is_complex():
+                width = p.size(-1) if p.dim() else 1
+                p.add_(torch.randn_like(p) * width ** -0.5)
     return module
 
 
