@@ -475,7 +475,7 @@ class GPT(nn.Module):
 
     def init_state(self, B: int):
         """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
-        begin = self.wte.weight.new_zeros(B, dtype=torch.long)
+        begin = next(self.parameters()).new_zeros(B, dtype=torch.long)
         return [block.init_state(B) for block in self.blocks], 0, begin
 
     def prefill(self, idx: Tensor):

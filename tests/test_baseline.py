@@ -34,7 +34,8 @@ BASELINE = dict(
 # depend on what only parts read that are not in use.
 FREE = {"data", "input_bin", "input_val_bin", "output_dir", "run_name", "model",
         "device", "peak_flops", "estimate", "log", "minutes", "val_tail_every", "save_every",
-        "keep", "resume", "resume_anyway", "skip_bad_steps", "train_loss_every", "val_batch_size",
+        "keep", "init_from", "resume", "resume_anyway", "skip_bad_steps", "train_loss_every",
+        "val_batch_size",
         "kernel_lr_scale",
         "lambda_lr_scale", "vector_lr_scale"}
 
