@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite, in an environment made for it. Extra arguments go to pytest.
 source "$(dirname "$0")/scripts/setup_env.sh"
-if ! has tiktoken huggingface_hub pytest xdist ruff pytorch_optimizer transformers; then
+if ! has tiktoken huggingface_hub pytest xdist ruff pytorch_optimizer transformers safetensors; then
     # torch stays at the version that is there: a test's dependency must not replace it.
     install tiktoken huggingface-hub -r "${here}tests/requirements.txt" "torch==${torch_version%+*}"
 fi
