@@ -11,9 +11,9 @@
 
 Milliseconds, forward and backward (decode: forward), minimum and median over the repeats; trust the
 ratios, not the times. Tokens a second by the minimum; MiB is the most memory that a call had live
-at once. On CUDA under bf16 autocast, as in training. A new bench is a
-function that returns {contender: callable} and a row of BENCHES; names end in ", T n" where rows of
-several lengths are compared.
+at once. On CUDA under bf16 autocast, as in training. A new bench is a function that returns
+{contender: callable} and a row of BENCHES; names end in ", T n" where rows of several lengths are
+compared.
 """
 import argparse
 import importlib.util

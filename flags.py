@@ -74,11 +74,11 @@ def listed(value) -> tuple:
 
 def per_layer(word: str):
     """"128" -> 128, "128,128,0" -> (128, 128, 0), which tiles down the layers."""
-    values = tuple(map(int, word.split(",")))
+    try:
+        values = tuple(map(int, word.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word!r} is no int, nor a list like 128,128,0") from None
     return values if len(values) > 1 else values[0]
-
-
-per_layer.__name__ = "int or list"                   # argparse tells it
 
 
 def check_number(name: str, kind: type, value: float):

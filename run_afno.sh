@@ -25,7 +25,7 @@ RACE=(
     # vectors' 0.015 is left out: they are gains, ours are convolutions.
     --optim muon
     --muon_learning_rate 0.025
-    # 0.016 there: records/2026-11-29_gains
+    # 0.016 in a small race: records/2026-11-29_gains
     --muon_row_beta 0.95
     --weight_decay 0.025
     --learning_rate 0.002
@@ -51,7 +51,7 @@ RACE=(
 EMBEDDED=(
     --output_conv                        # 0.01 there: records/2026-11-29_face
     --muon_row_beta 0.95
-    --warmup_iters 0                     # with the rate: a third fewer steps to the target
+    --warmup_iters 0                     # early steps count: it is about the time to the target
     --learning_rate 0.006
     --target_val_loss 1.8857             # where nanoGPT's CPU recipe ends
 )

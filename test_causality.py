@@ -47,9 +47,8 @@ GPTS = {
                       head_norm="qkv", residual="gated", mlp="swiglu"),
 }
 # Bit for bit: GEMMs meet the future as exact zeros, an FFT meets it as rounding.
-EXACT = ("attn", "attn/gqa", "attn/conv", "attn/window", "afno/toeplitz", "afno/banded",
-         "fan", "gdn", "diff",
-         "diff/gqa", "diff_v2", "ngpt", "fftnet", "fftnet/bank")
+EXACT = ("attn", "attn/gqa", "attn/conv", "attn/window", "afno/toeplitz", "afno/banded", "fan",
+         "gdn", "diff", "diff/gqa", "diff_v2", "ngpt", "fftnet", "fftnet/bank")
 # About 4 s each.
 LEARNERS = (*MIXERS, "afno/fft", "fftnet/bank", "gpt/switches")
 

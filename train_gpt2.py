@@ -647,7 +647,9 @@ class Muon(torch.optim.Optimizer):
         # Newton-Schulz may have been in bf16, in which a mean would stand still.
         update = update.to(torch.promote_types(update.dtype, torch.float32))
         square = update.square().mean(dim=-1, keepdim=True)
-        mean = state.setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
+        if "row_square" not in state:
+            state["row_square"] = torch.zeros_like(square)
+        mean = state["row_square"].lerp_(square, 1 - beta)
         scaled = update / (mean.sqrt() + 1e-8)
         norms = [u.norm(dim=(-2, -1), keepdim=True) for u in (update, scaled)]
         return scaled * (norms[0] / norms[1].clamp(min=1e-8))
