@@ -3,6 +3,7 @@
     python evals.py logs/RUN --tasks hellaswag,arc_easy,arc_challenge,mmlu --num_fewshot 1
     python evals.py logs/RUN --tasks hellaswag,mmlu --data DIR --limit 100 --json out.json
     python evals.py logs/RUN --text book.txt            # .txt or .jsonl, perhaps .gz or .bz2
+    python evals.py logs/RUN --positions                # the run's validation loss, by position
 
 --tasks takes any name of lm-eval (pip install lm-eval), in its own prompts and metrics. Rows come
 from the hub, or with --data from a folder's files, data/tasks.py says which. --limit is lm-eval's:
@@ -15,6 +16,9 @@ model that knows lengths alone may be below (records/2026-11-29_evals).
 --text needs no package. Documents are scored apart, T tokens at a time, as lm-eval's rolling
 likelihoods. Bits are per byte of the text, so models of any vocabulary compare; the standard error
 is over windows. What a text begins behind is the token that starts a document, for bytes a newline.
+
+--positions needs the run's shards: nats per token where it had so many tokens to look back on. A
+model that uses a long context has lower losses far from the start.
 """
 import argparse
 import json
@@ -25,6 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from checkpoint import read
 from flags import Parser
@@ -32,7 +37,8 @@ from share.harness import row, run_tasks, start_of, tell
 from share.likelihood import pieces, score
 from machine import pick_device
 from sample import build, describe, find, make_tokenizer
-from shards import BYTE_VOCAB
+from shards import BYTE_VOCAB, open_data
+from train_gpt2 import BATCHES, shifted
 
 # --------------------------------------------------------------------------------------------------
 # Bits per byte
@@ -79,6 +85,46 @@ def run_text(path: Path, args, model, tokenizer):
 
 
 # --------------------------------------------------------------------------------------------------
+# By position in the row
+
+@torch.no_grad()
+def run_positions(args, model):
+    """-> rows, one a range of positions: 64 tokens, then as many as all before them.
+
+    Over the run's own validation windows; the standard error is over windows.
+    """
+    cfg = model.cfg
+    T = cfg.sequence_length
+    _, shards, vocab = open_data(cfg)
+    if vocab > cfg.vocab_size:
+        raise SystemExit(f"--positions: the shards have a vocabulary of {vocab}, the model of "
+                         f"{cfg.vocab_size}: they are not those it was trained on")
+    batches = BATCHES[cfg.batches][0](shards, cfg, shuffle=False)
+    if batches.widths != [T]:
+        raise SystemExit(f"--positions: rows of --batches {cfg.batches} have many lengths: it needs "
+                         "windows, or packed ones")
+    device = next(model.parameters()).device
+    n = batches.first(cfg.val_tokens)
+    losses = []                                      # (windows, T)
+    for first in range(0, n, args.batch_size):
+        rows = torch.from_numpy(batches.read(range(first, min(first + args.batch_size, n))))
+        inputs, targets = shifted(rows.to(device))
+        # A row at a time: whole logits of a batch may not fit.
+        for one, wanted in zip(inputs, targets):
+            losses.append(F.cross_entropy(model(one[None])[0], wanted, reduction="none").cpu())
+        tell(len(losses), n)
+    losses = torch.stack(losses).double()
+    ends = [end for end in (64 * 2**i for i in range(24)) if end < T] + [T]
+    rows = []
+    for begin, end in zip([0, *ends], ends):
+        mean = losses[:, begin:end].mean(1)
+        stderr = float(mean.std() / math.sqrt(n)) if n > 1 else None
+        rows.append(row(f"positions {begin}-{end - 1}", n, 0, "nats_per_token", float(mean.mean()),
+                        stderr, math.log(cfg.vocab_size), False))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
 
 def print_table(rows):
     print(f"{'task':28} {'n':>6} {'shots':>5}  {'metric':22} {'value':>10} {'stderr':>8} "
@@ -101,14 +147,16 @@ def parse(argv=None):
                    help="solved examples in a prompt (default: the task's own)")
     p.add_argument("--limit", type=int, metavar="N", help="only the first N rows of every task")
     p.add_argument("--text", type=Path, metavar="FILE", help="bits per byte of this text")
+    p.add_argument("--positions", action="store_true",
+                   help="loss by position in the row, on the run's validation shards")
     p.add_argument("--batch_size", type=int, default=16, help="rows (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     p.add_argument("--ranks", type=Path, metavar="FILE",
                    help="for Qwen's tokens, as in data/text.py")
     args = argparse.Namespace(**p.typed(sys.argv[1:] if argv is None else argv))
-    if not args.tasks and not args.text:
-        p.error("nothing to do: give --tasks, --text, or both")
+    if not (args.tasks or args.text or args.positions):
+        p.error("nothing to do: give --tasks, --text or --positions")
     if args.tasks and not all(args.tasks.split(",")):
         p.error(f"--tasks {args.tasks}: a name is empty")
     least = {"batch_size": 1, "limit": 1, "num_fewshot": 0}
@@ -135,6 +183,8 @@ def main(argv=None):
                   context=model.cfg.sequence_length, vocabulary=model.cfg.vocab_size)
     if args.text:
         rows.append(run_text(args.text, args, model, tokenizer))
+    if args.positions:
+        rows += run_positions(args, model)
     shown = [*rows]
     if args.tasks:
         names = args.tasks.split(",")

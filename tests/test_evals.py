@@ -21,8 +21,9 @@ from data.text import gpt2_encoding
 from decode import Context, generate
 from share.likelihood import cut, kept, pieces, score, write
 from sample import make_tokenizer
+from shards import open_data
 from tests.checks import awake, small
-from train_gpt2 import GPT, Config
+from train_gpt2 import GPT, Config, Windows, shifted
 
 T = 32
 V = 256
@@ -151,6 +152,25 @@ def test_an_untrained_model_has_chances_bits(run, tmp_path):
                        vocab_size=V))
     row, = run(model, "--text", tmp_path / "a.txt")[1]["results"]
     assert row["value"] == pytest.approx(8, abs=1e-6) and row["chance"] == 8
+
+
+def test_losses_by_position_are_the_validation_loss(run):
+    """Weighted by their lengths they are its mean; each range is that of the tokens it names."""
+    long = 150
+    model = model_of("afno,attn", sequence_length=long, data="data/tinyshakespeare",
+                     val_tokens=9 * long)
+    lines, report = run(model, "--positions", "--batch_size", 4)
+    rows = report["results"]
+    assert [r["task"] for r in rows] == ["positions 0-63", "positions 64-127", "positions 128-149"]
+    assert {r["n"] for r in rows} == {9} and all(0 < r["stderr"] < 1 for r in rows)
+    _, shards, _ = open_data(model.cfg)
+    windows = Windows(shards, model.cfg, shuffle=False)
+    inputs, targets = shifted(torch.from_numpy(windows.read(range(9))))
+    with torch.no_grad():
+        whole = model(inputs, targets).item()
+        log_p = model(inputs).log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    assert sum(r["value"] * n for r, n in zip(rows, (64, 64, 22))) / long == pytest.approx(whole)
+    assert rows[2]["value"] == pytest.approx(-log_p[:, 128:].mean().item())
 
 
 def refused(capsys, *argv):
