@@ -38,29 +38,29 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
 from afno import AFNO
 from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, QKNorm, QKVNorm
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
-from documents import Padded, document_token, fill
-from estimate import flops_per_token, memory_estimate, report
-from exported import start_from
 from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
-from flags import check_settings, check_words, listed, make_parser
 from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
-from log import TRACKERS, Log, per_byte
-from machine import (DEVICES, PRECISIONS, Clock, checksum, device_name, device_peak_flops,
-                     environment, graph_breaks, has_bf16, host_memory, is_out_of_memory,
-                     peak_memory, pick_device, pick_precision)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoConv, NoPositions, PolyNormMLP,
                    PreNorm, PrePostNorm, ReLU2, ShortConv, SinusoidalPositions, SwiGLU, hybrid_star,
                    keep_all, norm, recompute_block, recompute_high_rank)
-from processes import Buckets, compiler, join_processes, process_numbers
-from shards import bytes_a_token, open_data, refuse_changes, tokenizer_of
+from support import checkpoint
+from support.batches import Padded, document_token, fill
+from support.estimate import flops_per_token, memory_estimate, report
+from support.exported import start_from
+from support.flags import check_settings, check_words, listed, make_parser
+from support.log import TRACKERS, Log, per_byte
+from support.machine import (DEVICES, PRECISIONS, Clock, checksum, device_name, device_peak_flops,
+                             environment, graph_breaks, has_bf16, host_memory, is_out_of_memory,
+                             peak_memory, pick_device, pick_precision)
+from support.processes import Buckets, compiler, join_processes, process_numbers
+from support.shards import bytes_a_token, open_data, refuse_changes, tokenizer_of
 
 ROOT = Path(__file__).resolve().parent
 

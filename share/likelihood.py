@@ -10,7 +10,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from decode import Context, generate
+from support.decode import Context, generate
 from train_gpt2 import GPT
 
 # Tokens whose logits exist at a time: 200 MB with GPT-2's vocabulary.

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from machine import first_line
+from support.machine import first_line
 
 LAST = "model.pt"
 BEST = "best.pt"

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import skips_masks
-from flags import listed
 from kernels import BACKENDS, default_chunk, fastest_conv
-from machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
-                     is_available)
+from support.flags import listed
+from support.machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
+                             is_available)
 
 
 def flops_per_token(roles, blocks, T: int) -> int:

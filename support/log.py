@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from machine import duration, first_line, own_sources
+from support.machine import ROOT, duration, first_line, own_sources
 
 METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "bits_per_byte", "learning_rate",
            "gradient_norm", "tokens_per_second")
@@ -76,7 +76,7 @@ class Log:
 
     def keep_sources(self):
         """Beside those of the run's start where a run goes on with others."""
-        sources = "".join(f"=== source {path.name}\n{path.read_text()}\n"
+        sources = "".join(f"=== source {path.relative_to(ROOT).as_posix()}\n{path.read_text()}\n"
                           for path in own_sources()).encode()
         packed = gzip.compress(sources, mtime=0)
         kept = sorted(self.dir.glob("sources*.txt.gz"))

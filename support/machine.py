@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from flags import choices
+from support.flags import choices
 
 try:
     import resource
 except ImportError:                                          # Windows has none
     resource = None
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 RTX_4090 = "NVIDIA GeForce RTX 4090"
 
@@ -198,7 +198,8 @@ def own_sources() -> list[Path]:
     """The files of this repository that this program has imported, itself included."""
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     paths = {Path(file).resolve() for file in files if file}
-    return sorted(path for path in paths if path.parent in (ROOT, ROOT / "data") and path.is_file())
+    folders = ROOT, ROOT / "data", ROOT / "support"
+    return sorted(path for path in paths if path.parent in folders and path.is_file())
 
 
 class Clock:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from machine import first_line
+from support.machine import first_line
 
 
 def process_numbers() -> tuple[int, int, int]:

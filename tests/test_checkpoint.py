@@ -20,12 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import log
 import sample
-import train_gpt2
-from shards import open_shards
+from support import checkpoint, log
+from support.shards import open_shards
 from tests.runs import TINY, knobs_of, steps, train, weights
+import train_gpt2
 from train_gpt2 import GPT, ROOT, Config, main
 
 TRAIN = dict(TINY, num_iterations=8, val_loss_every=4, save_every=2, train_loss_every=1)
@@ -816,7 +815,9 @@ def test_an_odd_environment_is_one_line(shards, tmp_path, monkeypatch, env, word
 
 def test_a_process_that_never_comes_is_one_line():
     # Behind init_process_group torch._dynamo would leave threads: join_processes says more.
-    code = ("import processes, datetime, sys; processes.JOIN = datetime.timedelta(seconds=2)\n"
+    code = ("import datetime, sys\n"
+            "from support import processes\n"
+            "processes.JOIN = datetime.timedelta(seconds=2)\n"
             "join = processes.dist.init_process_group\n"
             "def joins(*args, **more):\n"
             "    assert 'torch._dynamo' in sys.modules\n"

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-import machine
+from support import machine
 from tests.runs import train
 
 CPU = torch.device("cpu")

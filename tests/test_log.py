@@ -15,9 +15,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-import log
-from log import METRICS, Log, per_byte, short
-from shards import bytes_a_token, open_shards
+from support import log
+from support.log import METRICS, Log, per_byte, short
+from support.shards import bytes_a_token, open_shards
 from tests.runs import checkpoint_loss, steps, train, weights
 from train_gpt2 import GPT, Config, Watch, Windows, main, place, rate_share
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from support import checkpoint
 from tests.runs import STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, train, weights
 from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config
 
@@ -43,13 +43,14 @@ def test_log_is_complete(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
     text = (folder / "log.txt").read_text()
     parts = (
-        "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents "
-        "flags machine processes shards log checkpoint"
+        "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels support/batches "
+        "support/flags support/machine support/processes support/shards support/log "
+        "support/checkpoint"
     )
     sources = gzip.decompress((folder / "sources.txt.gz").read_bytes()).decode()
     assert len(text) < 10_000 and text.startswith("=== config\n")
     for name in (f"{part}.py" for part in parts.split()):
-        assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in sources, name
+        assert f"=== source {name}\n{(ROOT / name).read_text()}\n" in sources, name
     config, env = (
         json.loads(re.search(rf"(?m)^=== {part}\n(.*)\n", text)[1]) for part in ("config", "env")
     )
