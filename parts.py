@@ -1,9 +1,9 @@
 """What a block is made of besides its mixer: norms, residuals, positions, MLPs, linear layers.
 
-Also the short convolution that several mixers put in front of their gates. Each class is a row of
-one of the dicts in train_gpt2.py ("The axes"), or is built by such a row.
+Also what several mixers have inside: norms of heads, the short convolution in front of gates. Each
+class is a row of one of the dicts in train_gpt2.py ("The axes"), or is built by such a row.
 
-Letters: B batch, T time, C channels, r rank, d_in and d_out widths.
+Letters: B batch, T time, C channels, H heads, D head width, r rank, d_in and d_out widths.
 """
 from functools import partial
 
@@ -25,6 +25,13 @@ def norm(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype in WIDE and not torch.compiler.is_compiling():
         return RMSNorm.apply(x, 1e-6)
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def running_mean(x: Tensor) -> Tensor:
+    """(B, T, C) -> means of x_1 ... x_t, summed in fp32."""
+    total = x.to(torch.promote_types(x.dtype, torch.float32)).cumsum(1)
+    t = torch.arange(1, x.size(1) + 1, device=x.device)[:, None]
+    return (total / t).type_as(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,6 +234,41 @@ class PrePostNorm(PreNorm):
 
     def mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.outer(x, self.gain[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Norms inside the heads: q, k, v -> the same, each (B, H, T, D)
+
+class NoHeadNorm(nn.Module):
+    def __init__(self, head_dim: int):
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor):
+        return q, k, v
+
+
+class QKNorm(NoHeadNorm):
+    """RMSNorm of queries and keys, head by head, without gains (arXiv 2010.04245)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor):
+        return norm(q), norm(k), v
+
+
+class QKVNorm(nn.Module):
+    """RMSNorm of queries, keys and values, head by head; one gain of width D each, for all heads.
+
+    HybridNorm's attention half (arXiv 2503.04598, github.com/BryceZhuo/HybridNorm).
+    """
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.q = nn.Parameter(torch.ones(head_dim))
+        self.k = nn.Parameter(torch.ones(head_dim))
+        self.v = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor):
+        q = norm(q) * self.q.type_as(q)
+        k = norm(k) * self.k.type_as(k)
+        v = norm(v) * self.v.type_as(v)
+        return q, k, v
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afno import AFNO
-from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, QKNorm, QKVNorm
+from attention import CausalSelfAttention, GatedAttention
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
 from fan import FAN, FANMLP, TRIG
@@ -47,9 +47,10 @@ from fftnet import FFTNet, FILTERS
 from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
-                   LayerNormScaling, LearnedPositions, Linear, NoConv, NoPositions, PolyNormMLP,
-                   PreNorm, PrePostNorm, ReLU2, ShortConv, SinusoidalPositions, SwiGLU, hybrid_star,
-                   keep_all, norm, recompute_block, recompute_high_rank)
+                   LayerNormScaling, LearnedPositions, Linear, NoConv, NoHeadNorm, NoPositions,
+                   PolyNormMLP, PreNorm, PrePostNorm, QKNorm, QKVNorm, ReLU2, ShortConv,
+                   SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm, recompute_block,
+                   recompute_high_rank)
 from support import checkpoint
 from support.batches import Padded, document_token, fill
 from support.estimate import flops_per_token, memory_estimate, report
