@@ -6,11 +6,11 @@ import platform
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
 
+from kernels import has_bf16
 from support.flags import choices
 
 try:
@@ -77,14 +77,6 @@ def is_out_of_memory(e: BaseException) -> bool:
 
 def is_available(kind: str) -> bool:
     return getattr(torch, kind).is_available()
-
-
-@cache
-def has_bf16(device: torch.device) -> bool:
-    """Of CUDA cards, those from Ampere on. One that is only told of is taken for such a card."""
-    if device.type != "cuda":
-        return False
-    return not is_available("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}

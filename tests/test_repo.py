@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Lines.
-CAPS = {"train_gpt2.py": 1600, "parts.py": 450, "kernels.py": 600, "bench.py": 410,
+CAPS = {"train_gpt2.py": 1600, "parts.py": 450, "kernels.py": 700, "bench.py": 410,
         "race.py": 285, "export.py": 285, "support/flags.py": 310}
 OTHERS = 280
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]
