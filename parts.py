@@ -445,3 +445,41 @@ def narrow_or_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     if narrow or "scaled_dot_product" in str(op) or "flex_attention" in str(op):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --------------------------------------------------------------------------------------------------
+# Which parts fit together
+
+def check_values(mixers):
+    """{row: mixer}: ValueError where a value residual has nothing to add, or other widths."""
+    for name, mixer in mixers.items():
+        if not hasattr(mixer, "v") or not hasattr(mixer, "value"):
+            raise ValueError(f"--value_residual: {name} has no values to add to: leave it out, or "
+                             "change --mixer")
+    widths = {name: mixer.v.out_features for name, mixer in mixers.items()}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{width} in {name}" for name, width in widths.items())
+        raise ValueError(f"--value_residual adds layer 1's values, but their widths differ: "
+                         f"{listed}: leave out --n_kv_head or --value_residual")
+
+
+def check_parts(model):
+    """ValueError where the parts of a GPT do not fit together."""
+    cfg = model.cfg
+    mixers = [block.mixer for block in model.blocks]
+    for name, p in model.named_parameters():
+        if not p.numel():
+            raise ValueError(f"{name} would have no entries: one of its sizes is 0: raise it")
+    if cfg.value_residual:
+        check_values(dict(zip(cfg.mixers, mixers)))
+    if model.mask_documents and cfg.document_token < 0:
+        raise ValueError("GPT needs a document_token to mask documents; main() takes the "
+                         "vocabulary's")
+    if model.mask_documents and cfg.output_conv:
+        raise ValueError(f"--batches {cfg.batches}: a convolution cannot keep documents apart: "
+                         "leave out --output_conv, or take --batches padded")
+    for name, mixer in zip(cfg.mixers, mixers):
+        if model.mask_documents and not getattr(mixer, "masks_documents", False):
+            raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep "
+                             "documents apart, attention without --short_conv can: change "
+                             "--mixer, or take --batches padded")

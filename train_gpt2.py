@@ -24,14 +24,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from time import perf_counter
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # Until main() listens Ctrl-C ends it at once: no traceback of what torch was importing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
 import torch
-import torch._functorch.config
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
@@ -43,24 +42,28 @@ from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
 from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
-from kernels import BACKENDS, Muon, linear_cross_entropy, product_dtype, softcap
+from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoConv, NoHeadNorm, NoPositions,
                    PolyNormMLP, PreNorm, PrePostNorm, QKNorm, QKVNorm, ReLU2, ShortConv,
-                   SinusoidalPositions, SwiGLU, hybrid_star, keep_all, norm, recompute_block,
+                   SinusoidalPositions, SwiGLU, check_parts, hybrid_star, keep_all, norm, recompute_block,
                    recompute_high_rank)
 from support import checkpoint
-from support.batches import Padded, document_token, fill
-from support.estimate import flops_per_token, memory_estimate, report
+from support.batches import Packed, Padded, Windows, fill, open_batches, prepare
+from support.compile import compiled, compiles
+from support.decode import BlockDecoding, Decoding
+from support.estimate import estimate, flops_per_token
 from support.exported import start_from
-from support.flags import check_settings, check_words, listed, make_parser
-from support.log import TRACKERS, Log, per_byte
-from support.machine import (DEVICES, PRECISIONS, Clock, checksum, device_name, device_peak_flops,
-                             environment, graph_breaks, host_memory, is_out_of_memory,
-                             peak_memory, pick_device, pick_precision)
-from support.processes import Buckets, compiler, join_processes, process_numbers
-from support.shards import bytes_a_token, open_data, refuse_changes, tokenizer_of
+from support.flags import check_settings, check_words, listed, make_parser, readers
+from support.log import TRACKERS, Log, NoLog, per_byte
+from support.machine import (DEVICES, PRECISIONS, Clock, check_memory, device_name,
+                             device_peak_flops, environment, making_a_model, peak_memory,
+                             pick_device, pick_precision, refuse_smaller)
+from support.optim import (build_adamw, build_ademamix, build_muon, build_soap, change_of_rate,
+                           check_rates, ramp_notes)
+from support.processes import Buckets, join_processes, process_numbers
+from support.shards import refuse_changes, tokenizer_of
 
 ROOT = Path(__file__).resolve().parent
 
@@ -287,7 +290,7 @@ def parse(argv: list[str] | None = None) -> Config:
 # --------------------------------------------------------------------------------------------------
 # Model
 
-class Block(nn.Module):
+class Block(BlockDecoding, nn.Module):
     """x + mixer(norm x), then x + mlp(norm x), in the ways that NORMS and RESIDUALS offer."""
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -325,35 +328,12 @@ class Block(nn.Module):
         """The stream and the MLP branch's output -> the stream."""
         return self.residual(x, self.dropout(y), 1)
 
-    def init_state(self, B: int) -> tuple:
-        """The states before the first token: of the mixer, of the convolutions behind branches."""
-        return tuple(m.init_state(B) for m in (self.mixer, self.mixer_conv, self.mlp_conv))
-
-    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None):
-        """A prompt: forward's output, and the states behind it."""
-        x, h = self.norm.mixer(x)
-        y, state = self.mixer.prefill(h, v1, *self.seen(views))
-        x, h = self.join(x, self.mixer_conv(y))
-        z = self.mlp(h)
-        states = state, self.mixer_conv.state_behind(y), self.mlp_conv.state_behind(z)
-        return self.end(x, self.mlp_conv(z)), states
-
-    def step(self, x: Tensor, states: tuple, v1: Tensor | None = None, *docs: Tensor):
-        """One token, (B, C) and the states -> (B, C), the next states."""
-        state, behind_mixer, behind_mlp = states
-        x, h = self.norm.mixer(x)
-        y, state = self.mixer.step(h, state, v1, *docs)
-        y, behind_mixer = self.mixer_conv.step(y, behind_mixer)
-        x, h = self.join(x, y)
-        y, behind_mlp = self.mlp_conv.step(self.mlp(h), behind_mlp)
-        return self.end(x, y), (state, behind_mixer, behind_mlp)
-
     def value(self, x: Tensor) -> Tensor:
         """The mixer's values at this input, for the value residual of later layers."""
         return self.mixer.value(self.norm.mixer(x)[1])
 
 
-class GPT(nn.Module):
+class GPT(Decoding, nn.Module):
     """idx (B, T) int64 -> logits (B, T, V); with targets (B, T) -> mean cross-entropy in nats.
 
     A target of -1 is none. Raises ValueError where cfg's parts do not fit together.
@@ -389,28 +369,8 @@ class GPT(nn.Module):
             self.skip_lambda = nn.Parameter(torch.ones(L // 2))
 
         self.mask_documents = cfg.mask_documents
-        self.check_parts()
+        check_parts(self)
         init_weights(self)
-
-    def check_parts(self):
-        cfg = self.cfg
-        mixers = [block.mixer for block in self.blocks]
-        for name, p in self.named_parameters():
-            if not p.numel():
-                raise ValueError(f"{name} would have no entries: one of its sizes is 0: raise it")
-        if cfg.value_residual:
-            check_values(dict(zip(cfg.mixers, mixers)))
-        if self.mask_documents and cfg.document_token < 0:
-            raise ValueError("GPT needs a document_token to mask documents; main() takes the "
-                             "vocabulary's")
-        if self.mask_documents and cfg.output_conv:
-            raise ValueError(f"--batches {cfg.batches}: a convolution cannot keep documents apart: "
-                             "leave out --output_conv, or take --batches padded")
-        for name, mixer in zip(cfg.mixers, mixers):
-            if self.mask_documents and not getattr(mixer, "masks_documents", False):
-                raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep "
-                                 "documents apart, attention without --short_conv can: change "
-                                 "--mixer, or take --batches padded")
 
     def trunk(self, idx: Tensor, at, run) -> Tensor:
         """(B, T) -> (B, T, C), from embedding to final norm; the stream is as narrow as products.
@@ -473,60 +433,6 @@ class GPT(nn.Module):
             views = {window: mixer.view(T, begin, idx.device) for window, mixer in mixers.items()}
         return at, views, begin
 
-    def init_state(self, B: int):
-        """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
-        begin = next(self.parameters()).new_zeros(B, dtype=torch.long)
-        return [block.init_state(B) for block in self.blocks], 0, begin
-
-    def prefill(self, idx: Tensor):
-        """A prompt, idx (B, T), T >= 1 -> the logits behind it (B, V), the state behind it."""
-        at, views, begin = self.sight(idx)
-        states = []
-
-        def run(i, x, v1):
-            x, state = self.blocks[i].prefill(x, v1, views)
-            states.append(state)
-            return x
-
-        h = self.trunk(idx, at, run)
-        begin = torch.zeros_like(idx[:, 0]) if begin is None else begin[:, -1]
-        return self.logits(h[:, -1:])[:, 0], (states, idx.size(1), begin)
-
-    def step(self, idx: Tensor, state):
-        """One token, idx (B,) -> logits (B, V), the next state; the old one is used up.
-
-        The same numbers as forward's column t, at the cost of one column.
-        """
-        states, t, begin = state
-        states = list(states)
-        docs = ()
-        if self.mask_documents:
-            begin = torch.where(idx == self.cfg.document_token, t, begin)
-            docs = (begin,)
-
-        def run(i, x, v1):
-            if v1 is not None:
-                v1 = v1[:, 0]
-            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *docs)
-            return x[:, None]
-
-        h = self.trunk(idx[:, None], t - begin[:, None], run)
-        return self.logits(h)[:, 0], (states, t + 1, begin)
-
-
-def check_values(mixers):
-    """{row: mixer}: ValueError where a value residual has nothing to add, or other widths."""
-    for name, mixer in mixers.items():
-        if not hasattr(mixer, "v") or not hasattr(mixer, "value"):
-            raise ValueError(f"--value_residual: {name} has no values to add to: leave it out, or "
-                             "change --mixer")
-    widths = {name: mixer.v.out_features for name, mixer in mixers.items()}
-    if len(set(widths.values())) > 1:
-        listed = ", ".join(f"{width} in {name}" for name, width in widths.items())
-        raise ValueError(f"--value_residual adds layer 1's values, but their widths differ: "
-                         f"{listed}: leave out --n_kv_head or --value_residual")
-
-
 def roles(model: GPT) -> dict[nn.Parameter, str]:
     """{parameter: role}: embed, head, proj, matrix, vector, lambda, gate or kernel, exactly one.
 
@@ -575,105 +481,6 @@ def init_weights(model: GPT):
 # --------------------------------------------------------------------------------------------------
 # Optimizers: a builder turns {parameter: role} into optimizers. Every parameter has one group in
 # one of them. Weight decay is decoupled and never meets vectors, lambdas, gates or kernels.
-
-MATRICES = ("matrix", "proj")                            # the roles inside blocks
-
-
-# {role: the field that scales its learning rate}
-RATES = {"embed": "embed_lr_scale", "head": "head_lr_scale", "vector": "vector_lr_scale",
-         "kernel": "kernel_lr_scale", "lambda": "lambda_lr_scale"}
-
-
-def check_rates(cfg: Config, table):
-    """Refuse a rate that was set for a role which no parameter of a table of roles has."""
-    for role, name in RATES.items():
-        if getattr(cfg, name) != getattr(Config, name) and role not in table.values():
-            raise ValueError(f"--{name} has no effect here, no parameter has the role {role}: "
-                             "drop it")
-
-
-def role_groups(cfg: Config, table, lr: float, decayed=()) -> list[dict]:
-    """Parameter groups, one a role, with the learning rate that the flags give it."""
-    groups = []
-    for role in sorted(set(table.values())):
-        scale = getattr(cfg, RATES[role]) if role in RATES else 1.0
-        groups.append(dict(params=[p for p in table if table[p] == role], lr=lr * scale,
-                           weight_decay=cfg.weight_decay if role in decayed else 0.0))
-    return groups
-
-
-def adamw(cfg: Config, table, decayed=()) -> torch.optim.Optimizer:
-    groups = role_groups(cfg, table, cfg.learning_rate, decayed)
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=True)
-
-
-def split_matrices(table):
-    """-> the matrices inside blocks, the table of all other parameters."""
-    matrices = [p for p in table if table[p] in MATRICES]
-    return matrices, {p: role for p, role in table.items() if role not in MATRICES}
-
-
-def optional_optimizer(name: str):
-    """A class of the optional package pytorch-optimizer, or SystemExit with one line."""
-    try:
-        import pytorch_optimizer
-    except ImportError:
-        raise SystemExit(f"--optim {name.lower()} needs an optional package: "
-                         "pip install pytorch-optimizer") from None
-    return getattr(pytorch_optimizer, name)
-
-
-def keeps(matrix: int, other: int):
-    """State an optimizer keeps, for --estimate: fp32 numbers a weight of a matrix, of another."""
-    def mark(builder):
-        builder.state_per_weight = (matrix, other)
-        return builder
-    return mark
-
-
-@keeps(matrix=2, other=2)
-def build_adamw(cfg: Config, table):
-    return [adamw(cfg, table, decayed=(*MATRICES, "embed", "head"))]
-
-
-@keeps(matrix=1, other=2)
-def build_muon(cfg: Config, table):
-    """Muon for the matrices, AdamW without weight decay for the rest."""
-    matrices, rest = split_matrices(table)
-    muon = Muon(matrices, cfg.muon_learning_rate, cfg.muon_momentum, cfg.weight_decay,
-                cfg.muon_row_beta)
-    return [muon, adamw(cfg, rest)]
-
-
-@keeps(matrix=3, other=3)
-def build_ademamix(cfg: Config, table):
-    """AdamW plus a slow second momentum, whose weight and decay grow over ademamix_warmup steps.
-
-    The slow average forgets half in 0.69 / (1 - beta3) steps; keep that well below the length of
-    the run. Source: arXiv 2409.03137.
-    """
-    AdEMAMix = optional_optimizer("AdEMAMix")
-    groups = role_groups(cfg, table, cfg.learning_rate, decayed=(*MATRICES, "embed", "head"))
-    betas = (cfg.adam_beta1, cfg.adam_beta2, cfg.ademamix_beta3)
-    warmup = cfg.ademamix_warmup or cfg.num_iterations
-    return [AdEMAMix(groups, betas=betas, alpha=cfg.ademamix_alpha, t_alpha_beta3=warmup,
-                     weight_decouple=True)]
-
-
-@keeps(matrix=10, other=2)
-def build_soap(cfg: Config, table):
-    """Adam in the eigenbasis of Shampoo's preconditioner for the matrices, AdamW for the rest.
-
-    Its first step only looks at the gradient. At 124M and 5100 steps it ended with Muon (3.2752 and
-    3.2760), at twice the time a step (modded-nanogpt). Source: arXiv 2409.11321.
-    """
-    SOAP = optional_optimizer("SOAP")
-    matrices, rest = split_matrices(table)
-    soap = SOAP(matrices, lr=cfg.learning_rate, betas=(cfg.soap_beta, cfg.soap_beta),
-                weight_decay=cfg.weight_decay, precondition_frequency=cfg.soap_frequency)
-    return [soap, adamw(cfg, rest)]
-
 
 def build_optimizers(cfg: Config, model: GPT):
     optimizers = OPTIMS[cfg.optim][0](cfg, roles(model))
@@ -737,122 +544,8 @@ def set_schedule(optimizers, step: float, cfg: Config):
                 group["momentum"] = momentum
 
 
-def ramp_notes(cfg: Config) -> list[str]:
-    """A line for each ramp that the run is too short for, and for a window that hides nothing."""
-    lines = []
-    if cfg.lr_start and not cfg.warmup_steps:
-        lines.append("note: --lr_start has no effect: so short a run has no warm-up")
-    if min(listed(cfg.window)) >= cfg.sequence_length:
-        lines.append(f"note: --window {cfg.window} has no effect: no sequence is longer")
-    for name in ("muon_momentum_warmup", "ademamix_warmup"):
-        steps = getattr(cfg, name)
-        if name in cfg.fields_read() and steps > cfg.num_iterations and not cfg.minutes:
-            lines.append(f"note: --{name} {steps:,} is longer than the run, which ends in the "
-                         "middle of that ramp")
-    return lines
-
-
 # --------------------------------------------------------------------------------------------------
 # Batches: which tokens a step reads. Shards: shards.py; whole documents: documents.py.
-
-class Windows:
-    """Windows of T tokens and one more, each once an epoch: in file order, or shuffled.
-
-    Shuffled, every epoch is cut at a new offset. What a step reads is a pure function of its
-    number: processes never overlap, never skip, and a run can be continued anywhere.
-    Raises SystemExit where there is less than a window, or a step cannot be shared evenly.
-    """
-    mask_documents = False
-
-    def __init__(self, shards, cfg: Config, rank: int = 0, world: int = 1,
-                 shuffle: bool | None = None):
-        self.cfg = cfg
-        self.rank = rank
-        self.world = world
-        self.shuffle = cfg.shuffle if shuffle is None else shuffle
-        self.shards = list(shards.values())
-
-        sequences = cfg.batch_size * cfg.grad_accumulation_steps       # in a step, all processes
-        self.rows = sequences // world
-        self.micro_batch = min(cfg.batch_size, self.rows)
-        if sequences % world or self.rows % self.micro_batch:
-            raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {cfg.batch_size} sequences"
-                             f" cannot be shared evenly by {world} processes: change "
-                             "--grad_accumulation_steps")
-
-        T = cfg.sequence_length
-        spare = T - 1 if self.shuffle else 0                           # room for the offset
-        windows = [max(0, (len(shard) - 1 - spare) // T) for shard in self.shards]
-        if not sum(windows):
-            raise SystemExit(f"{next(iter(shards))}: shorter than a sequence of {T:,} tokens: "
-                             "lower --sequence_length")
-        self.ends = np.cumsum(windows)
-        self.per_step = cfg.tokens_per_step                            # targets, all processes
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def __str__(self):
-        return (f"{self.targets(len(self)):,} tokens to predict, {len(self):,} windows in "
-                f"{len(self.shards)} shards")
-
-    @property
-    def widths(self) -> list[int]:
-        """Tokens a row may have."""
-        return [self.cfg.sequence_length]
-
-    def shapes(self) -> list[tuple[int, int]]:
-        """Of all micro-batches: (rows, tokens a row)."""
-        return [(self.micro_batch, self.cfg.sequence_length)]
-
-    def first(self, tokens: int) -> int:
-        """How many windows hold the first `tokens` targets: at least one, at most all."""
-        return min(len(self), max(1, tokens // self.cfg.sequence_length))
-
-    def targets(self, n: int) -> int:
-        """How many tokens the first n windows predict."""
-        return n * self.cfg.sequence_length
-
-    def read(self, windows, offset: int = 0):
-        """Numbers of windows -> their tokens (len(windows), T + 1) int64."""
-        T = self.cfg.sequence_length
-        rows = []
-        for window in windows:
-            s = int(np.searchsorted(self.ends, window, side="right"))
-            before = self.ends[s - 1] if s else 0
-            start = offset + T * int(window - before)
-            rows.append(self.shards[s][start:start + T + 1])
-        return np.stack(rows).astype(np.int64)
-
-    def batch(self, step: int) -> Tensor:
-        """This process's sequences of a step, (rows, T + 1)."""
-        n = len(self)
-        numbers = (step * self.world + self.rank) * self.rows + np.arange(self.rows)
-        parts = []
-        for epoch in np.unique(numbers // n):
-            windows = numbers[numbers // n == epoch] % n
-            offset = 0
-            if self.shuffle:
-                rng = np.random.default_rng((self.cfg.seed, epoch))
-                windows = rng.permutation(n)[windows]
-                offset = int(rng.integers(self.cfg.sequence_length))
-            parts.append(self.read(windows, offset))
-        return torch.from_numpy(np.concatenate(parts))
-
-    def micro_batches(self, step: int):
-        """-> [(tokens (rows, T + 1), weight of its loss)], targets predicted by all processes."""
-        parts = self.batch(step).split(self.micro_batch)
-        return [(rows, 1 / len(parts)) for rows in parts], self.cfg.tokens_per_step
-
-
-class Packed(Windows):
-    """The same windows, but tokens see their own document only.
-
-    A window may begin or end inside a document. Nothing is padded, and attention costs less where
-    its kernel skips what a mask hides. Mixers that cannot mask documents are refused.
-    """
-    mask_documents = True
-
 
 def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (B, T + 1) -> inputs, targets, each (B, T): a token predicts the next.
@@ -867,18 +560,12 @@ def stream(batches, device: torch.device, start: int = 0):
 
     A thread prepares the next step while this one runs.
     """
-    def prepare(step):
-        refuse_changes(batches)
-        parts, predictions = batches.micro_batches(step)
-        if device.type == "cuda":
-            parts = [(rows.pin_memory(), weight) for rows, weight in parts]
-        return parts, predictions
-
+    pin = device.type == "cuda"
     with ThreadPoolExecutor(1) as pool:
-        ready = pool.submit(prepare, start)
+        ready = pool.submit(prepare, batches, start, pin)
         for step in count(start + 1):
             parts, predictions = ready.result()
-            ready = pool.submit(prepare, step)
+            ready = pool.submit(prepare, batches, step, pin)
             micro_batches = []
             for rows, weight in parts:
                 micro_batches.append((*shifted(rows.to(device, non_blocking=True)), weight))
@@ -991,17 +678,7 @@ CHOICES = AXES | {"model": MODELS, "device": DEVICES, "dtype": ("auto", *PRECISI
                   "fftnet_filter": FILTERS, "log": TRACKERS}
 
 
-def readers() -> dict[str, dict[str, list[str]]]:
-    """{field: {axis: the rows that read it}} of every field that only rows read."""
-    found = {}
-    for axis, table in AXES.items():
-        for row, (_, arguments) in table.items():
-            for field in arguments.values():
-                found.setdefault(field, {}).setdefault(axis, []).append(row)
-    return found
-
-
-KNOBS = readers()
+KNOBS = readers(AXES)
 
 
 def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
@@ -1078,22 +755,12 @@ class Watch:
             event.synchronize()
         if not seen.isfinite().all():
             self.bad += 1
-            loss = float(seen[0])
-            bad = [name for name, size in zip(names, seen[3:]) if not size.isfinite()]
-            what = f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
-            if not math.isfinite(loss):
-                what = checkpoint.bad_weights(self.weights) or f"the training loss is {loss}"
+            what = checkpoint.bad_numbers(self.weights, names, seen[0], seen[3:])
             if self.bad > self.allowed:
-                refuse_numbers(step, what, self.saved)
+                checkpoint.refuse_numbers(step, what, self.saved)
             self.say(f"note: step {step} had no gradient: {what}; {self.bad} of at most "
                      f"{self.allowed} such steps")
         self.told = seen[1:3].tolist()
-
-
-def refuse_numbers(step: int, what: str, saved: int | None):
-    last = "there is no checkpoint" if saved is None else f"the last good one is of step {saved}"
-    raise SystemExit(f"step {step}: {what}: lower the learning rates. No checkpoint was "
-                     f"overwritten, {last}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1133,72 +800,17 @@ def new_model(cfg: Config, device: torch.device) -> GPT:
     """GPT on a device, weights drawn on the CPU: a seed means the same everywhere.
 
     On the meta device it has no weights. SystemExit with one line for sizes that a part refuses, or
-    that the machine cannot hold, where it would otherwise fill up until the system kills.
+    that the machine cannot hold.
     """
-    try:
+    with making_a_model():
         with torch.device("meta"):
             model = GPT(cfg)
         check_rates(cfg, roles(model))
         if device.type == "meta":
             return model
-        # Gradients, too, where they are in the same memory.
-        copies = 1 if device.type == "cuda" else 2
-        if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
-            raise MemoryError
+        check_memory(model, device)
         with torch.device("cpu"):
             return GPT(cfg).to(device)
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        raise SystemExit("the model does not fit into this machine's memory: make it smaller "
-                         "(--estimate says what it takes)") from None
-
-
-def compiles(cfg: Config, device: torch.device) -> bool:
-    return device.type == "cuda" if cfg.compile is None else cfg.compile
-
-
-def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) -> str:
-    """The text of --estimate; `vocab` is that of the shards. Nothing is computed or allocated."""
-    model = new_model(cfg, torch.device("meta"))
-    table = roles(model)
-    memory = memory_estimate(cfg, GPT, batches.shapes(), table, OPTIMS[cfg.optim][0], precision,
-                             compiles(cfg, device), device)
-    return "\n".join([report(cfg, model, table, memory, device, batches, vocab), *ramp_notes(cfg)])
-
-
-def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say):
-    """-> the model compiled for these shapes (rows, tokens a row), forward and backward; pieces.
-
-    Nothing compiles later, inside the clock: a shape has a graph of its own in training and in
-    validation. Two passes each, for the first runs in another state of torch's dispatcher, which
-    the loss's inner graph is compiled for, too. Where memory is short, micro-batches are cut into
-    pieces.
-    """
-    def batch(rows, width):
-        return shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
-
-    # Graphs of one function: from torch's eighth on it would run uncompiled.
-    torch._dynamo.config.recompile_limit = 64
-    forward = torch.compile(model, dynamic=False, backend=compiler())
-    before = 0
-    pieces = 1
-    # Again from the first shape where a later one had to be cut.
-    while pieces != before:
-        before = pieces
-        for shape in shapes:
-            for _ in range(2):
-                _, pieces = backward(forward, model, [(*batch(*shape), 1.0)], pieces, autocast, say)
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    with torch.no_grad():
-        for shape in val_shapes:
-            for _ in range(2):
-                forward(*batch(*shape))
-    model.train()
-    return forward, pieces
 
 
 def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say, buckets=None):
@@ -1221,12 +833,7 @@ def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say, buc
                 loss = loss + part.detach()
             return loss, pieces
         except (MemoryError, RuntimeError) as e:
-            most = max(len(x) for x, _, _ in micro_batches)
-            if not is_out_of_memory(e):
-                raise
-            if pieces >= most:
-                raise SystemExit("a single row does not fit into memory: lower --sequence_length, "
-                                 "take a smaller model, or --recompute block") from None
+            refuse_smaller(e, pieces, rows=max(len(x) for x, _, _ in micro_batches))
         # Outside the except clause, whose traceback holds the tensors of the failed pass.
         pieces *= 2
         model.zero_grad(set_to_none=True)
@@ -1243,17 +850,6 @@ def cut(x: Tensor, y: Tensor, pieces: int):
     counts = [(part >= 0).sum().item() for part in y.chunk(pieces)]
     shares = [count / max(1, sum(counts)) for count in counts]
     return [piece for piece in zip(x.chunk(pieces), y.chunk(pieces), shares) if piece[2]]
-
-
-def change_of_rate(state, cfg: Config) -> str:
-    """What another num_iterations does to the rate at the step where the run goes on."""
-    step = state["step"]
-    known = {f.name for f in fields(Config)}
-    before = Config(**{name: value for name, value in state["config"].items() if name in known})
-    shares = [SCHEDULES[c.schedule][0](step, c) for c in (before, cfg)]
-    if shares[0] == shares[1]:
-        return ""
-    return f"; the learning rate goes from {shares[0]:.3f} of its peak to {shares[1]:.3f}"
 
 
 def main(cfg: Config) -> float | None:
@@ -1276,28 +872,18 @@ def train(cfg: Config, signals) -> float | None:
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
 
     # Data, and every check of flags and data before any weights
-    shards, val_shards, vocab = open_data(cfg)
-    cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab)
-    make_batches, knobs = BATCHES[cfg.batches]
-    if "document_token" in knobs:
-        cfg = replace(cfg, document_token=document_token(cfg, shards, vocab))
-    batches = make_batches(shards, cfg, rank, world)
-    val_batches = make_batches(val_shards, cfg, shuffle=False)
-    val_n = val_batches.first(cfg.val_tokens)
-    text_bytes = bytes_a_token(val_shards)
+    cfg, data = open_batches(cfg, BATCHES[cfg.batches], rank, world)
+    batches, val_batches, val_n = data[:3]
     if cfg.estimate:
-        print(estimate(cfg, batches, vocab, device, precision))
+        model = new_model(cfg, torch.device("meta"))
+        builder, _ = OPTIMS[cfg.optim]
+        print(estimate(cfg, model, roles(model), builder, data, device, precision))
         return None
 
     # Processes, model, optimizers, log
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        join_processes(device, rank, world)
-    checksums = checkpoint.by_first(lambda: {p: checksum(p) for p in shards | val_shards}, rank)
-    data = {"training": [checksums[path] for path in shards],
-            "validation": [checksums[path] for path in val_shards]}
-    state, path = checkpoint.resumed(cfg, data, rank)
+    join_processes(device, rank, world)
+    checksums = checkpoint.by_first(data.checksums, rank)
+    state, path = checkpoint.resumed(cfg, data.identity(checksums), rank)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
     started = start_from(cfg, model) if cfg.init_from and not state else ""
@@ -1307,16 +893,10 @@ def train(cfg: Config, signals) -> float | None:
     n_params = sum(p.numel() for p in model.parameters())
     flops = flops_per_token(table, model.blocks, cfg.sequence_length)
     peak_flops = device_peak_flops(device, cfg.peak_flops)
-    log = None
+    say = log = NoLog()
     if rank == 0:
-        if path:
-            checkpoint.sweep(path.parent)
         facts = environment(device, world, checksums, precision, compiles(cfg, device))
-        log = Log(cfg, facts, path.parent if path else None, state["step"] if state else 0)
-
-    def say(line):
-        if log:
-            log(line)
+        say = log = Log(cfg, facts, path.parent if path else None, state["step"] if state else 0)
 
     length = f"{cfg.minutes:g} minutes of steps" if cfg.minutes else f"{cfg.num_iterations:,} steps"
     say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
@@ -1327,18 +907,12 @@ def train(cfg: Config, signals) -> float | None:
         say("note: nothing to go on from fits these flags and these data: a new run")
 
     # Compilation, outside the clock
-    if hasattr(torch._functorch.config, "backward_pass_autocast"):
-        # Else the backward of an fp32 island that is compiled under autocast runs in bf16.
-        torch._functorch.config.backward_pass_autocast = "off"
     forward = model
     clock = Clock(device)
     pieces = 1                                       # of a micro-batch, where memory asks for it
     if compiles(cfg, device):
-        val_shapes = [(cfg.val_batch_size, int(width)) for width in val_batches.widths]
-        say(f"compiles for {len(batches.shapes()) + len(val_shapes)} shapes, outside the clock")
-        forward, pieces = compiled(model, batches.shapes(), val_shapes, device, autocast, say)
-        for reason in graph_breaks():
-            say(f"note: not compiled as a whole: {reason}")
+        forward, pieces = compiled(model, backward, shifted, batches.shapes(), data.val_shapes(),
+                                   device, autocast, say)
         torch.manual_seed(cfg.seed + rank)           # as if nothing had been drawn
     compile_time = clock.stop()
     buckets = Buckets(model) if world > 1 else None
@@ -1353,30 +927,26 @@ def train(cfg: Config, signals) -> float | None:
     if state:
         start = watch.saved = state["step"]
         checkpoint.restore(state, model, optimizers, device, rank, world)
-        say(f"goes on from step {start} of {path}" + change_of_rate(state, cfg))
+        say(f"goes on from step {start} of {path}" + change_of_rate(state, cfg, SCHEDULES))
         state = None                                 # its memory is given back
 
     def save(step, best=False):
-        """By all processes: one writes. A failure is told and the run goes on."""
+        """By all processes: one writes."""
         watch.flush()
         random = checkpoint.random_state(device)
         if rank:
             return
         if bad := checkpoint.bad_weights(watch.weights):
-            refuse_numbers(step, bad, watch.saved)
-        try:
-            if watch.saved != step:
-                checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
-                checkpoint.write(log.dir / checkpoint.LAST, dict(
-                    model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
-                    tokenizer=tokenizer_of(vocab),
-                    optimizers=[opt.state_dict() for opt in optimizers], random=random, data=data))
-                watch.saved = step
-            if best:
-                checkpoint.link(log.dir / checkpoint.LAST, log.dir / checkpoint.BEST)
-        except OSError as e:
-            say(f"note: the checkpoint of step {step} could not be saved ({e}); the run goes on, "
-                f"the last one is of step {watch.saved}")
+            checkpoint.refuse_numbers(step, bad, watch.saved)
+        content = dict(
+            model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
+            tokenizer=tokenizer_of(data.vocab), data=data.identity(checksums), random=random,
+            optimizers=[opt.state_dict() for opt in optimizers])
+        watch.saved = checkpoint.save(log.dir, content, watch.saved, cfg.keep, best, say)
+
+    def validate(forward, n):
+        """Mean of forward's values on the first n rows. A loss that is not finite ends the run."""
+        return evaluate(forward, val_batches, n, device, rank, world)
 
     signals.listen()
     steps = stream(batches, device, start)
@@ -1400,13 +970,12 @@ def train(cfg: Config, signals) -> float | None:
             model.eval()
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
-            bits = per_byte(val_loss, text_bytes)
-            if log:
-                log.step(steps_in_all, "".join(f" {k}:{v:.4f}" for k, v in bits.items()),
-                         step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss, **bits)
-                log.draw()
+            bits = per_byte(val_loss, data.text_bytes)
+            log.step(steps_in_all, "".join(f" {k}:{v:.4f}" for k, v in bits.items()),
+                     step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss, **bits)
+            log.draw()
             if not math.isfinite(val_loss):
-                refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
+                checkpoint.refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
             if at["reached"] is None and val_loss <= cfg.target_val_loss:
                 at["reached"] = seconds
             if val_loss < at["best"]:
@@ -1423,7 +992,9 @@ def train(cfg: Config, signals) -> float | None:
         micro_batches, predictions = next(steps)
         train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say,
                                       buckets)
-        told = torch.tensor([float(signals.caught), clock.now()], pin_memory=device.type == "cuda")
+        # The clock's time without waiting for the device: at most a step behind.
+        seconds = clock.total + perf_counter() - clock.since
+        told = torch.tensor([float(signals.caught), seconds], pin_memory=device.type == "cuda")
         told = told.to(device, non_blocking=True)
         if buckets:
             buckets.average([train_loss, told])
@@ -1441,13 +1012,14 @@ def train(cfg: Config, signals) -> float | None:
             save(step + 1)
             number = signals.caught or signal.SIGTERM    # another process may have caught it
             say(f"stopped by {signal.Signals(number).name} after step {step + 1}, the last "
-                f"checkpoint is of step {watch.saved}: go on with --resume {log and log.dir}")
+                f"checkpoint is of step {watch.saved}: go on with --resume {log.dir}")
             steps.close()
             raise SystemExit(128 + number)
 
         # Tell
         logged = (step + 1) % cfg.train_loss_every == 0
-        if log and (logged or log.wants_progress()):
+        progress = log.tty and perf_counter() - log.shown > 1
+        if rank == 0 and (logged or progress):
             seconds = clock.stop()
             train_loss = float(train_loss)
             clock.start()
@@ -1470,7 +1042,7 @@ def train(cfg: Config, signals) -> float | None:
         loss = evaluate(forward, val_batches, 10 * val_n, device, rank, world)
         say(f"val_loss on {val_batches.targets(10 * val_n):,} tokens:{loss:.4f}")
         if not math.isfinite(loss):
-            refuse_numbers(step, f"the validation loss is {loss}", watch.saved)
+            checkpoint.refuse_numbers(step, f"the validation loss is {loss}", watch.saved)
     target = ""
     if cfg.target_val_loss:
         when = "never" if at["reached"] is None else f"{at['reached']:.1f}s"
@@ -1479,12 +1051,11 @@ def train(cfg: Config, signals) -> float | None:
         f"train_time:{clock.total:.1f}s with_compile:{clock.total + at['compile_seconds']:.1f}s "
         f"{target}peak_memory:{peak_memory(device)}")
     accuracy = evaluate(partial(hit_rate, model), val_batches, val_n, device, rank, world)
-    if log:
-        log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
-                       **bits))
+    log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
+                   **bits))
     if world > 1:
         dist.destroy_process_group()
-    if log and watch.saved != step:
+    if rank == 0 and watch.saved != step:
         raise SystemExit(f"the trained weights could not be saved to {log.dir}")
     return val_loss
 

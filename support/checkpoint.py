@@ -82,6 +82,39 @@ def bad_weights(weights: dict) -> str:
     return f"the weights {bad[0]} are not finite ({len(bad)} are not)" if bad else ""
 
 
+def bad_numbers(weights: dict, names, loss, sizes) -> str:
+    """What was not finite in a step: weights, its loss, else gradients, by their names' norms."""
+    if not loss.isfinite():
+        return bad_weights(weights) or f"the training loss is {float(loss)}"
+    bad = [name for name, size in zip(names, sizes) if not size.isfinite()]
+    return f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
+
+
+def refuse_numbers(step: int, what: str, saved: int | None):
+    last = "there is no checkpoint" if saved is None else f"the last good one is of step {saved}"
+    raise SystemExit(f"step {step}: {what}: lower the learning rates. No checkpoint was "
+                     f"overwritten, {last}")
+
+
+def save(folder: Path, state: dict, last: int | None, keep: int, best: bool, say) -> int | None:
+    """model.pt and, of the best so far, best.pt -> the step that model.pt is of, which was `last`.
+
+    A failure is told, and the run goes on.
+    """
+    step = state["step"]
+    try:
+        if last != step:
+            keep_old(folder, last, keep)
+            write(folder / LAST, state)
+            last = step
+        if best:
+            link(folder / LAST, folder / BEST)
+    except OSError as e:
+        say(f"note: the checkpoint of step {step} could not be saved ({e}); the run goes on, "
+            f"the last one is of step {last}")
+    return last
+
+
 def keep_old(folder: Path, step: int, keep: int):
     """Before model.pt is replaced: keep it by its step's name, and only keep - 1 of such."""
     last = folder / LAST
@@ -201,6 +234,8 @@ def resumed(cfg, data, rank: int):
                          "--resume_anyway")
     if state["step"] > cfg.num_iterations and not cfg.minutes:
         raise SystemExit(f"{path}: is at step {state['step']} already: raise --num_iterations")
+    if rank == 0:
+        sweep(path.parent)
     return state, path
 
 

@@ -12,9 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from attention import skips_masks
 from kernels import BACKENDS, default_chunk, fastest_conv
+from support.compile import compiles
 from support.flags import listed
 from support.machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
                              is_available)
+from support.optim import ramp_notes
 
 
 def flops_per_token(roles, blocks, T: int) -> int:
@@ -231,3 +233,14 @@ def report(cfg, model, roles, memory: str, device: torch.device, data, vocab: in
     if not cfg.minutes:
         lines += [("time", text) for text in time_estimates(tokens, flops, device, cfg.peak_flops)]
     return "\n".join(f"{key:14} {text}" for key, text in lines)
+
+
+def estimate(cfg, model, roles, builder, data, device: torch.device, precision) -> str:
+    """The text of --estimate, for a model on the meta device: nothing is computed or allocated.
+
+    data: of open_batches; the rest as in memory_estimate.
+    """
+    memory = memory_estimate(cfg, type(model), data.batches.shapes(), roles, builder, precision,
+                             compiles(cfg, device), device)
+    lines = report(cfg, model, roles, memory, device, data.batches, data.vocab)
+    return "\n".join([lines, *ramp_notes(cfg)])

@@ -158,9 +158,6 @@ class Log:
         if sys.stdout:
             self.put(f"log and checkpoint: {self.dir}", sys.stdout, "stdout")
 
-    def wants_progress(self) -> bool:
-        return self.tty and time.perf_counter() - self.shown > 1
-
     def progress(self, step: int, steps: int, loss: float, rate: float, left: float):
         """A line that overwrites itself, on a terminal. rate: tokens a second; left: seconds."""
         # They are left out in this order where the terminal is narrow.
@@ -183,6 +180,24 @@ class Log:
         except OSError:
             self.tty = False
         self.shown = time.perf_counter()
+
+
+class NoLog:
+    """In the place of a Log in all processes but the first: nothing is told."""
+    dir = None
+    tty = False
+
+    def __call__(self, line: str):
+        pass
+
+    def step(self, steps: int, end: str, **values):
+        pass
+
+    def draw(self):
+        pass
+
+    def close(self, results: dict):
+        pass
 
 
 def per_byte(loss: float, text_bytes: float | None) -> dict[str, float]:

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,6 +76,15 @@ def is_out_of_memory(e: BaseException) -> bool:
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
 
 
+def refuse_smaller(e: BaseException, pieces: int, rows: int):
+    """Raises e again where it is no lack of memory, SystemExit where no smaller piece is left."""
+    if not is_out_of_memory(e):
+        raise e
+    if pieces >= rows:
+        raise SystemExit("a single row does not fit into memory: lower --sequence_length, "
+                         "take a smaller model, or --recompute block") from None
+
+
 def is_available(kind: str) -> bool:
     return getattr(torch, kind).is_available()
 
@@ -87,12 +97,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
     return PRECISIONS[name]
-
-
-def graph_breaks() -> list[str]:
-    """Why torch.compile broke a graph in this process, one line a reason; none is as it should be.
-    """
-    return [reason.splitlines()[0] for reason in torch._dynamo.utils.counters["graph_break"]]
 
 
 def device_name(device: torch.device) -> str:
@@ -116,6 +120,28 @@ def host_memory() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return math.inf
+
+
+def check_memory(model: torch.nn.Module, device: torch.device):
+    """MemoryError for a model that would fill the machine up until the system kills."""
+    # Gradients, too, where they are in the same memory.
+    copies = 1 if device.type == "cuda" else 2
+    if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
+        raise MemoryError
+
+
+@contextmanager
+def making_a_model():
+    """SystemExit with one line for sizes that a part refuses, or that the machine cannot hold."""
+    try:
+        yield
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise SystemExit("the model does not fit into this machine's memory: make it smaller "
+                         "(--estimate says what it takes)") from None
 
 
 def peak_memory(device: torch.device) -> str:
@@ -203,10 +229,6 @@ class Clock:
 
     def start(self):
         self.since = time.perf_counter()
-
-    def now(self) -> float:
-        """Without waiting: at most a step behind."""
-        return self.total + time.perf_counter() - self.since
 
     def stop(self) -> float:
         if self.device.type != "cpu":

@@ -31,13 +31,17 @@ JOIN = timedelta(minutes=10)
 
 
 def join_processes(device: torch.device, rank: int, world: int):
-    """SystemExit with one line where one of them does not come."""
+    """This process's device and, of several, the others. SystemExit where one does not come."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1 or dist.is_initialized():
+        return
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise SystemExit(f"WORLD_SIZE={world} in the environment, but no MASTER_ADDR and "
                          "MASTER_PORT: unset it, or start the run by torchrun")
     # Optimizers import it. If they do after init_process_group, something in it keeps the group:
     # its threads outlive destroy_process_group and now and then abort a process that ends well.
-    import torch._dynamo  # noqa: F401
+    from torch import _dynamo  # noqa: F401
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = {}
     try:

@@ -22,6 +22,7 @@ import torch
 
 import sample
 from support import checkpoint, log
+from support.compile import compiled
 from support.shards import open_shards
 from tests.runs import TINY, knobs_of, steps, train, weights
 import train_gpt2
@@ -630,7 +631,7 @@ def test_a_model_larger_than_the_machine_is_refused_before_a_weight_is_drawn(sha
 
     real = GPT.__init__
     monkeypatch.setattr(GPT, "__init__", __init__)
-    monkeypatch.setattr(train_gpt2, "host_memory", lambda: 200_000)
+    monkeypatch.setattr("support.machine.host_memory", lambda: 200_000)
     with pytest.raises(SystemExit, match="does not fit into this machine's memory"):
         run(tmp_path, **shards)
     assert not list(tmp_path.iterdir())
@@ -863,8 +864,7 @@ def test_a_shape_cut_late_is_compiled_from_the_first(shards, tmp_path, monkeypat
         seen.append((rows, pieces))
         return torch.zeros(()), max(pieces, 2 if rows == 4 else 1)
 
-    monkeypatch.setattr(train_gpt2, "backward", backward)
     monkeypatch.setattr(torch, "compile", lambda model, **options: lambda x, y: None)
-    _, pieces = train_gpt2.compiled(GPT(Config(vocab_size=24)), [(2, 8), (4, 8)], [],
-                                    torch.device("cpu"), None, None)
+    _, pieces = compiled(GPT(Config(vocab_size=24)), backward, train_gpt2.shifted,
+                         [(2, 8), (4, 8)], [], torch.device("cpu"), None, lambda line: None)
     assert pieces == 2 and {(2, 2), (4, 2)} <= set(seen)
