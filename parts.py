@@ -1,7 +1,8 @@
 """What a block is made of besides its mixer: norms, residuals, positions, MLPs, linear layers.
 
 Also what several mixers have inside: norms of heads, the short convolution in front of gates. Each
-class is a row of one of the dicts in train_gpt2.py ("The axes"), or is built by such a row.
+class is a row of one of the dicts in train_gpt2.py ("The axes"), or is built by such a row. At the
+end: which parts fit together.
 
 Letters: B batch, T time, C channels, H heads, D head width, r rank, d_in and d_out widths.
 """

@@ -1,8 +1,9 @@
 """spectral-nanogpt: train GPT-2 on one GPU, with or without attention.
 
-This file is the whole trainer: Config, model, optimizers, batches, log and loop. A sequence mixer
-is a sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py the
-hand-written backward passes, shards.py what opens token files.
+This file is the trainer: Config, model, schedules, the axes, the loop and its step. A sequence
+mixer is a sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py
+the hand-written passes and Muon. A step enters no other file: support/ has what is done before,
+beside or behind the steps, from flags and shards to log and checkpoints.
 Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (one GPU).
 
     python train_gpt2.py                                  # the embedded run: any machine, minutes
@@ -16,7 +17,6 @@ Letters: B batch, T time, C channels, H heads, D head width, V vocabulary, L lay
 nats per token.
 """
 import math
-import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,6 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,23 +46,23 @@ from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
                    LayerNormScaling, LearnedPositions, Linear, NoConv, NoHeadNorm, NoPositions,
                    PolyNormMLP, PreNorm, PrePostNorm, QKNorm, QKVNorm, ReLU2, ShortConv,
-                   SinusoidalPositions, SwiGLU, check_parts, hybrid_star, keep_all, norm, recompute_block,
-                   recompute_high_rank)
-from support import checkpoint
-from support.batches import Packed, Padded, Windows, fill, open_batches, prepare
+                   SinusoidalPositions, SwiGLU, check_parts, hybrid_star, keep_all, norm,
+                   recompute_block, recompute_high_rank)
+from support import checkpoint, machine, optim
+from support.batches import Packed, Windows, open_batches, prepare
 from support.compile import compiled, compiles
 from support.decode import BlockDecoding, Decoding
-from support.estimate import estimate, flops_per_token
+from support.documents import Padded, fill
+from support.estimate import estimate, utilisation
 from support.exported import start_from
 from support.flags import check_settings, check_words, listed, make_parser, readers
-from support.log import TRACKERS, Log, NoLog, per_byte
-from support.machine import (DEVICES, PRECISIONS, Clock, check_memory, device_name,
-                             device_peak_flops, environment, making_a_model, peak_memory,
-                             pick_device, pick_precision, refuse_smaller)
-from support.optim import (build_adamw, build_ademamix, build_muon, build_soap, change_of_rate,
-                           check_rates, ramp_notes)
-from support.processes import Buckets, join_processes, process_numbers
+from support.log import Log, NoLog, opening, summary
+from support.metrics import hit_rate, per_byte, results
+from support.processes import (Buckets, join_processes, leave_processes, process_numbers, restarted,
+                               sum_over_processes)
 from support.shards import refuse_changes, tokenizer_of
+from support.signals import Signals
+from support.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -266,8 +265,6 @@ class Config:
 
 # A size of every model, although only some mixers read it. parse() refuses it where it is typed.
 ALWAYS_ACCEPTED = ("n_head",)
-
-
 SYNONYMS = {"fan_ratio": ["--p"]}
 
 
@@ -433,6 +430,7 @@ class GPT(Decoding, nn.Module):
             views = {window: mixer.view(T, begin, idx.device) for window, mixer in mixers.items()}
         return at, views, begin
 
+
 def roles(model: GPT) -> dict[nn.Parameter, str]:
     """{parameter: role}: embed, head, proj, matrix, vector, lambda, gate or kernel, exactly one.
 
@@ -479,18 +477,11 @@ def init_weights(model: GPT):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimizers: a builder turns {parameter: role} into optimizers. Every parameter has one group in
-# one of them. Weight decay is decoupled and never meets vectors, lambdas, gates or kernels.
+# Optimizers and schedules: a builder of support/optim.py turns {parameter: role} into optimizers.
 
 def build_optimizers(cfg: Config, model: GPT):
-    optimizers = OPTIMS[cfg.optim][0](cfg, roles(model))
-    groups = [group for opt in optimizers for group in opt.param_groups]
-    owned = [p for group in groups for p in group["params"]]
-    assert len(owned) == len(set(owned)), "a parameter with two optimizers"
-    assert set(owned) == set(model.parameters()), "a parameter without an optimizer"
-    for group in groups:
-        group["peak_lr"] = group["lr"]
-    return optimizers
+    builder, _ = OPTIMS[cfg.optim]
+    return optim.complete(builder(cfg, roles(model)), model)
 
 
 def clip_gradients(table, cfg: Config):
@@ -542,34 +533,6 @@ def set_schedule(optimizers, step: float, cfg: Config):
             group["lr"] = group["peak_lr"] * share
             if "momentum" in group:
                 group["momentum"] = momentum
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches: which tokens a step reads. Shards: shards.py; whole documents: documents.py.
-
-def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (B, T + 1) -> inputs, targets, each (B, T): a token predicts the next.
-
-    Targets behind the end of a padded document are -1; as inputs they are any token.
-    """
-    return rows[:, :-1].clamp(min=0), rows[:, 1:]
-
-
-def stream(batches, device: torch.device, start: int = 0):
-    """Steps, forever: [(inputs, targets, weight of its loss)], targets predicted by all processes.
-
-    A thread prepares the next step while this one runs.
-    """
-    pin = device.type == "cuda"
-    with ThreadPoolExecutor(1) as pool:
-        ready = pool.submit(prepare, batches, start, pin)
-        for step in count(start + 1):
-            parts, predictions = ready.result()
-            ready = pool.submit(prepare, batches, step, pin)
-            micro_batches = []
-            for rows, weight in parts:
-                micro_batches.append((*shifted(rows.to(device, non_blocking=True)), weight))
-            yield micro_batches, predictions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -657,10 +620,11 @@ SCHEDULES = {
     "cosine": (cosine, {}),
 }
 OPTIMS = {
-    "adamw": (build_adamw, {}),
-    "muon": (build_muon, own("muon", "learning_rate", "momentum", "momentum_warmup", "row_beta")),
-    "ademamix": (build_ademamix, own("ademamix", "alpha", "beta3", "warmup")),
-    "soap": (build_soap, own("soap", "beta", "frequency")),
+    "adamw": (optim.build_adamw, {}),
+    "muon": (optim.build_muon,
+             own("muon", "learning_rate", "momentum", "momentum_warmup", "row_beta")),
+    "ademamix": (optim.build_ademamix, own("ademamix", "alpha", "beta3", "warmup")),
+    "soap": (optim.build_soap, own("soap", "beta", "frequency")),
 }
 # What `build` makes a model of.
 PARTS = {
@@ -670,14 +634,11 @@ PARTS = {
 AXES = PARTS | {
     "recompute": RECOMPUTE, "batches": BATCHES, "optim": OPTIMS, "schedule": SCHEDULES,
 }
-
-
 # {field: the words it may have}
-CHOICES = AXES | {"model": MODELS, "device": DEVICES, "dtype": ("auto", *PRECISIONS),
-                  "afno_backend": BACKENDS, "fan_trig": TRIG,
-                  "fftnet_filter": FILTERS, "log": TRACKERS}
-
-
+CHOICES = AXES | {
+    "model": MODELS, "device": machine.DEVICES, "dtype": ("auto", *machine.PRECISIONS),
+    "afno_backend": BACKENDS, "fan_trig": TRIG, "fftnet_filter": FILTERS, "log": TRACKERS,
+}
 KNOBS = readers(AXES)
 
 
@@ -696,7 +657,7 @@ def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad numbers and the clock. Log: log.py; checkpoints: checkpoint.py.
+# Bad numbers
 
 class Watch:
     """Looks at each step's loss and gradients on their device, and reads what it saw a step later.
@@ -766,6 +727,31 @@ class Watch:
 # --------------------------------------------------------------------------------------------------
 # Train
 
+def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, T + 1) -> inputs, targets, each (B, T): a token predicts the next.
+
+    Targets behind the end of a padded document are -1; as inputs they are any token.
+    """
+    return rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+
+def stream(batches, device: torch.device, start: int = 0):
+    """Steps, forever: [(inputs, targets, weight of its loss)], targets predicted by all processes.
+
+    A thread prepares the next step while this one runs.
+    """
+    pin = device.type == "cuda"
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(prepare, batches, start, pin)
+        for step in count(start + 1):
+            parts, predictions = ready.result()
+            ready = pool.submit(prepare, batches, step, pin)
+            micro_batches = []
+            for rows, weight in parts:
+                micro_batches.append((*shifted(rows.to(device, non_blocking=True)), weight))
+            yield micro_batches, predictions
+
+
 @torch.no_grad()
 def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: int) -> float:
     """Mean over the targets of the first n windows, shared by all ranks: of the loss, in nats per
@@ -780,37 +766,16 @@ def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: i
         rows = fill(windows.read(range(first, min(first + B, n))), B)
         inputs, targets = shifted(torch.from_numpy(rows).to(device))
         total += forward(inputs, targets).cpu().double() * (targets >= 0).sum().cpu()
-    if world > 1:
-        total = total.to(device)
-        dist.all_reduce(total)
-    return total.item() / windows.targets(n)
-
-
-def hit_rate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """idx and targets (B, T) -> share of the targets that are the model's likeliest token, ()."""
-    hits = 0
-    # Whole logits: of some 4,096 tokens at a time.
-    rows = max(1, 4096 // idx.size(1))
-    for inputs, wanted in zip(idx.split(rows), targets.split(rows)):
-        hits = hits + (model(inputs).argmax(-1) == wanted).sum()
-    return hits / (targets >= 0).sum()
+    return sum_over_processes(total, device, world) / windows.targets(n)
 
 
 def new_model(cfg: Config, device: torch.device) -> GPT:
-    """GPT on a device, weights drawn on the CPU: a seed means the same everywhere.
+    """GPT on a device; on the meta device it has no weights.
 
-    On the meta device it has no weights. SystemExit with one line for sizes that a part refuses, or
-    that the machine cannot hold.
+    SystemExit with one line for sizes or rates that a part refuses, or that the machine cannot
+    hold.
     """
-    with making_a_model():
-        with torch.device("meta"):
-            model = GPT(cfg)
-        check_rates(cfg, roles(model))
-        if device.type == "meta":
-            return model
-        check_memory(model, device)
-        with torch.device("cpu"):
-            return GPT(cfg).to(device)
+    return machine.new_model(GPT, cfg, device, lambda gpt: optim.check_rates(cfg, roles(gpt)))
 
 
 def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say, buckets=None):
@@ -833,7 +798,7 @@ def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say, buc
                 loss = loss + part.detach()
             return loss, pieces
         except (MemoryError, RuntimeError) as e:
-            refuse_smaller(e, pieces, rows=max(len(x) for x, _, _ in micro_batches))
+            machine.refuse_smaller(e, pieces, rows=max(len(x) for x, _, _ in micro_batches))
         # Outside the except clause, whose traceback holds the tensors of the failed pass.
         pieces *= 2
         model.zero_grad(set_to_none=True)
@@ -859,16 +824,16 @@ def main(cfg: Config) -> float | None:
     impossible sizes. With --estimate it prints and returns None. A first SIGINT, SIGTERM, SIGHUP,
     SIGUSR1 or SIGXCPU ends the run behind its step, saved, with exit code 128 + signal.
     """
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         return train(cfg, signals)
 
 
 def train(cfg: Config, signals) -> float | None:
     rank, local_rank, world = process_numbers()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not cfg.resume:
-        cfg = replace(cfg, resume="auto")            # torchrun has replaced what was killed
-    device = pick_device(cfg.device, local_rank, only_told=cfg.estimate)
-    precision = pick_precision(cfg.dtype, device)
+    if restarted() and not cfg.resume:
+        cfg = replace(cfg, resume="auto")
+    device = machine.pick_device(cfg.device, local_rank, only_told=cfg.estimate)
+    precision = machine.pick_precision(cfg.dtype, device)
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
 
     # Data, and every check of flags and data before any weights
@@ -876,8 +841,7 @@ def train(cfg: Config, signals) -> float | None:
     batches, val_batches, val_n = data[:3]
     if cfg.estimate:
         model = new_model(cfg, torch.device("meta"))
-        builder, _ = OPTIMS[cfg.optim]
-        print(estimate(cfg, model, roles(model), builder, data, device, precision))
+        print(estimate(cfg, model, roles(model), OPTIMS[cfg.optim][0], data, device, precision))
         return None
 
     # Processes, model, optimizers, log
@@ -890,44 +854,32 @@ def train(cfg: Config, signals) -> float | None:
     torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
     table = roles(model)
     optimizers = build_optimizers(cfg, model)
-    n_params = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(table, model.blocks, cfg.sequence_length)
-    peak_flops = device_peak_flops(device, cfg.peak_flops)
+    mfu = utilisation(cfg, table, model, device, world)
     say = log = NoLog()
     if rank == 0:
-        facts = environment(device, world, checksums, precision, compiles(cfg, device))
+        facts = machine.environment(device, world, checksums, precision, compiles(cfg, device))
         say = log = Log(cfg, facts, path.parent if path else None, state["step"] if state else 0)
 
-    length = f"{cfg.minutes:g} minutes of steps" if cfg.minutes else f"{cfg.num_iterations:,} steps"
-    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
-        f"{batches.per_step:,} tokens, validated on {val_batches.targets(val_n):,} tokens")
-    for line in filter(None, (started, *ramp_notes(cfg))):
+    for line in opening(cfg, data, model, device, world, started, path):
         say(line)
-    if cfg.resume and not path:
-        say("note: nothing to go on from fits these flags and these data: a new run")
 
     # Compilation, outside the clock
     forward = model
-    clock = Clock(device)
+    clock = machine.Clock(device)
     pieces = 1                                       # of a micro-batch, where memory asks for it
     if compiles(cfg, device):
-        forward, pieces = compiled(model, backward, shifted, batches.shapes(), data.val_shapes(),
-                                   device, autocast, say)
+        forward, pieces = compiled(model, backward, shifted, *data.shapes(), device, autocast, say)
         torch.manual_seed(cfg.seed + rank)           # as if nothing had been drawn
-    compile_time = clock.stop()
-    buckets = Buckets(model) if world > 1 else None
 
-    # Where the run stands: all that a checkpoint holds besides weights, optimizers, random numbers
+    # Where the run stands
     start = 0
-    at = dict(tokens=0, seconds=0.0, compile_seconds=compile_time, best=math.inf, reached=None)
-    if state:
-        at |= state["progress"]
-        at["compile_seconds"] += compile_time
+    at = checkpoint.progress(state, clock.stop())
+    buckets = Buckets(model) if world > 1 else None
     watch = Watch(model, cfg.skip_bad_steps, at["seconds"], say)
     if state:
         start = watch.saved = state["step"]
         checkpoint.restore(state, model, optimizers, device, rank, world)
-        say(f"goes on from step {start} of {path}" + change_of_rate(state, cfg, SCHEDULES))
+        say(f"goes on from step {start} of {path}" + optim.change_of_rate(state, cfg, SCHEDULES))
         state = None                                 # its memory is given back
 
     def save(step, best=False):
@@ -936,21 +888,15 @@ def train(cfg: Config, signals) -> float | None:
         random = checkpoint.random_state(device)
         if rank:
             return
-        if bad := checkpoint.bad_weights(watch.weights):
-            checkpoint.refuse_numbers(step, bad, watch.saved)
         content = dict(
             model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
             tokenizer=tokenizer_of(data.vocab), data=data.identity(checksums), random=random,
             optimizers=[opt.state_dict() for opt in optimizers])
-        watch.saved = checkpoint.save(log.dir, content, watch.saved, cfg.keep, best, say)
-
-    def validate(forward, n):
-        """Mean of forward's values on the first n rows. A loss that is not finite ends the run."""
-        return evaluate(forward, val_batches, n, device, rank, world)
+        checkpoint.save(log.dir, content, watch, cfg.keep, best, say)
 
     signals.listen()
     steps = stream(batches, device, start)
-    clock = Clock(device, at["seconds"])
+    clock = machine.Clock(device, at["seconds"])
     for step in count(start):
         where = place(step, watch.told[1], cfg)
         last = where >= cfg.num_iterations
@@ -971,11 +917,8 @@ def train(cfg: Config, signals) -> float | None:
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
             bits = per_byte(val_loss, data.text_bytes)
-            log.step(steps_in_all, "".join(f" {k}:{v:.4f}" for k, v in bits.items()),
-                     step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss, **bits)
-            log.draw()
-            if not math.isfinite(val_loss):
-                checkpoint.refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
+            log.validation(step, steps_in_all, at["tokens"], seconds, val_loss, bits)
+            checkpoint.check_loss(step, val_loss, watch.saved)
             if at["reached"] is None and val_loss <= cfg.target_val_loss:
                 at["reached"] = seconds
             if val_loss < at["best"]:
@@ -1010,11 +953,8 @@ def train(cfg: Config, signals) -> float | None:
         if watch.told[0] and place(step + 1, watch.told[1], cfg) < cfg.num_iterations:
             at["seconds"] = clock.stop()
             save(step + 1)
-            number = signals.caught or signal.SIGTERM    # another process may have caught it
-            say(f"stopped by {signal.Signals(number).name} after step {step + 1}, the last "
-                f"checkpoint is of step {watch.saved}: go on with --resume {log.dir}")
             steps.close()
-            raise SystemExit(128 + number)
+            signals.leave(step + 1, watch.saved, log)
 
         # Tell
         logged = (step + 1) % cfg.train_loss_every == 0
@@ -1025,13 +965,9 @@ def train(cfg: Config, signals) -> float | None:
             clock.start()
             rate = at["tokens"] / seconds
             if logged:
-                size = watch.gradient_norm()
-                text = f" tok/s:{rate:.0f} grad_norm:{size:.3f}"
-                if peak_flops:
-                    text += f" mfu:{rate * flops / peak_flops / world:.3f}"
-                log.step(steps_in_all, text, step=step + 1, tokens=at["tokens"], seconds=seconds,
-                         train_loss=train_loss, gradient_norm=size, tokens_per_second=rate,
-                         learning_rate=rate_share(where, cfg) * cfg.learning_rate)
+                log.training(step + 1, steps_in_all, at["tokens"], seconds, train_loss,
+                             watch.gradient_norm(), rate_share(where, cfg) * cfg.learning_rate,
+                             mfu(rate))
             if log.tty:
                 left = seconds / (step + 1) * (steps_in_all - step - 1)
                 log.progress(step + 1, steps_in_all, train_loss, rate, left)
@@ -1041,20 +977,11 @@ def train(cfg: Config, signals) -> float | None:
     if len(val_batches) >= 10 * val_n:
         loss = evaluate(forward, val_batches, 10 * val_n, device, rank, world)
         say(f"val_loss on {val_batches.targets(10 * val_n):,} tokens:{loss:.4f}")
-        if not math.isfinite(loss):
-            checkpoint.refuse_numbers(step, f"the validation loss is {loss}", watch.saved)
-    target = ""
-    if cfg.target_val_loss:
-        when = "never" if at["reached"] is None else f"{at['reached']:.1f}s"
-        target = f"time_to_{cfg.target_val_loss}:{when} "
-    say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{at['tokens']} "
-        f"train_time:{clock.total:.1f}s with_compile:{clock.total + at['compile_seconds']:.1f}s "
-        f"{target}peak_memory:{peak_memory(device)}")
+        checkpoint.check_loss(step, loss, watch.saved)
+    say(summary(cfg, val_loss, model, at, clock.total, machine.peak_memory(device)))
     accuracy = evaluate(partial(hit_rate, model), val_batches, val_n, device, rank, world)
-    log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
-                   **bits))
-    if world > 1:
-        dist.destroy_process_group()
+    log.close(results(val_loss, accuracy, bits))
+    leave_processes(world)
     if rank == 0 and watch.saved != step:
         raise SystemExit(f"the trained weights could not be saved to {log.dir}")
     return val_loss

@@ -30,6 +30,13 @@ def flops_per_token(roles, blocks, T: int) -> int:
     return 6 * weights + 3 * sum(block.mixer.flops(T) for block in blocks)
 
 
+def utilisation(cfg, roles, model, device: torch.device, world: int):
+    """-> the function of tokens a second that gives the MFU: a share, None for unknown devices."""
+    flops = flops_per_token(roles, model.blocks, cfg.sequence_length)
+    peak = device_peak_flops(device, cfg.peak_flops)
+    return lambda rate: rate * flops / peak / world if peak else None
+
+
 def matmul_flops(n: int = 1024, tries: int = 5) -> float:
     """FLOP/s of an fp32 product on this CPU, the best of a few: about 50 ms."""
     a = torch.randn(n, n)

@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -122,19 +121,25 @@ def host_memory() -> float:
         return math.inf
 
 
-def check_memory(model: torch.nn.Module, device: torch.device):
-    """MemoryError for a model that would fill the machine up until the system kills."""
-    # Gradients, too, where they are in the same memory.
-    copies = 1 if device.type == "cuda" else 2
-    if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
-        raise MemoryError
+def new_model(make, cfg, device: torch.device, check):
+    """make(cfg) on a device, weights drawn on the CPU: a seed means the same everywhere.
 
-
-@contextmanager
-def making_a_model():
-    """SystemExit with one line for sizes that a part refuses, or that the machine cannot hold."""
+    On the meta device it has no weights. check(model) may raise ValueError, as make may: then this
+    is SystemExit with one line. So it is for sizes that the machine cannot hold, where it would
+    otherwise fill up until the system kills.
+    """
     try:
-        yield
+        with torch.device("meta"):
+            model = make(cfg)
+        check(model)
+        if device.type == "meta":
+            return model
+        # Gradients, too, where they are in the same memory.
+        copies = 1 if device.type == "cuda" else 2
+        if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
+            raise MemoryError
+        with torch.device("cpu"):
+            return make(cfg).to(device)
     except ValueError as e:
         raise SystemExit(str(e)) from None
     except (MemoryError, RuntimeError) as e:

@@ -1,7 +1,8 @@
 """Optimizers: the rows of OPTIMS in train_gpt2.py.
 
 A builder turns {parameter: role} into optimizers. Every parameter has one group in one of them.
-Weight decay is decoupled and never meets vectors, lambdas, gates or kernels.
+Weight decay is decoupled and never meets vectors, lambdas, gates or kernels. Muon itself is in
+kernels.py.
 """
 from dataclasses import fields
 
@@ -107,6 +108,17 @@ def build_soap(cfg, table):
     soap = SOAP(matrices, lr=cfg.learning_rate, betas=(cfg.soap_beta, cfg.soap_beta),
                 weight_decay=cfg.weight_decay, precondition_frequency=cfg.soap_frequency)
     return [soap, adamw(cfg, rest)]
+
+
+def complete(optimizers, model):
+    """Their groups, with their peak rates, have each of the model's parameters once."""
+    groups = [group for opt in optimizers for group in opt.param_groups]
+    owned = [p for group in groups for p in group["params"]]
+    assert len(owned) == len(set(owned)), "a parameter with two optimizers"
+    assert set(owned) == set(model.parameters()), "a parameter without an optimizer"
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    return optimizers
 
 
 def ramp_notes(cfg) -> list[str]:

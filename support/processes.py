@@ -26,6 +26,11 @@ def process_numbers() -> tuple[int, int, int]:
     return rank, numbers[1], world
 
 
+def restarted() -> bool:
+    """Has torchrun replaced what was killed?"""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 # How long processes wait for one another.
 JOIN = timedelta(minutes=10)
 
@@ -56,6 +61,19 @@ def join_processes(device: torch.device, rank: int, world: int):
     except RuntimeError as e:
         raise SystemExit(f"process {rank + 1} of {world}: the others did not come within "
                          f"{JOIN.seconds} s ({first_line(e)})") from None
+
+
+def leave_processes(world: int):
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(total: Tensor, device: torch.device, world: int) -> float:
+    """Of a number of each, which is on the CPU."""
+    if world > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item()
 
 
 @contextmanager

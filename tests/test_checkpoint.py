@@ -24,6 +24,7 @@ import sample
 from support import checkpoint, log
 from support.compile import compiled
 from support.shards import open_shards
+from support.signals import Signals
 from tests.runs import TINY, knobs_of, steps, train, weights
 import train_gpt2
 from train_gpt2 import GPT, ROOT, Config, main
@@ -259,7 +260,7 @@ def signals():
     numbers = [getattr(signal, name) for name in names]
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         signals.listen()
         yield signals
     assert all(signal.getsignal(number) == signal.SIG_DFL for number in numbers

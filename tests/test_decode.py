@@ -1,4 +1,4 @@
-"""decode.py: states against forward, the window, and what tokens are drawn with."""
+"""support/decode.py: states against forward, the window, and what tokens are drawn with."""
 import itertools
 import math
 from functools import partial
