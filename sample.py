@@ -7,7 +7,7 @@
 
 --interactive continues every line it reads; the text so far stays in the context, and a line begins
 behind it. Ctrl-C stops a text, Ctrl-D or the end of a pipe leaves. How far a model looks back is
-said in decode.py.
+said in support/decode.py.
 """
 import argparse
 import codecs
