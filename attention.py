@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from parts import Linear, ShortConv, norm
+from parts import Linear, QKNorm, ShortConv
 
 # --------------------------------------------------------------------------------------------------
 # Positions inside the heads
@@ -45,41 +45,6 @@ class NoRotary(nn.Module):
     """In the place of Rotary where positions come from elsewhere, or from nowhere."""
     def forward(self, x: Tensor, at) -> Tensor:
         return x
-
-
-# --------------------------------------------------------------------------------------------------
-# Norms inside the heads: q, k, v -> the same, each (B, H, T, D)
-
-class NoHeadNorm(nn.Module):
-    def __init__(self, head_dim: int):
-        super().__init__()
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor):
-        return q, k, v
-
-
-class QKNorm(NoHeadNorm):
-    """RMSNorm of queries and keys, head by head, without gains (arXiv 2010.04245)."""
-    def forward(self, q: Tensor, k: Tensor, v: Tensor):
-        return norm(q), norm(k), v
-
-
-class QKVNorm(nn.Module):
-    """RMSNorm of queries, keys and values, head by head; one gain of width D each, for all heads.
-
-    HybridNorm's attention half (arXiv 2503.04598, github.com/BryceZhuo/HybridNorm).
-    """
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.q = nn.Parameter(torch.ones(head_dim))
-        self.k = nn.Parameter(torch.ones(head_dim))
-        self.v = nn.Parameter(torch.ones(head_dim))
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor):
-        q = norm(q) * self.q.type_as(q)
-        k = norm(k) * self.k.type_as(k)
-        v = norm(v) * self.v.type_as(v)
-        return q, k, v
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from deltanet import gated_delta_rule, gated_delta_rule_naive
 from kernels import BACKENDS
-from machine import device_name, pick_device
+from support.machine import device_name, pick_device
 from train_gpt2 import GPT, MIXERS, ROOT, Config, build
 
 # A script, whose neighbours it imports by their names.

@@ -31,13 +31,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint import read
-from flags import Parser
+from sample import build, describe, find, make_tokenizer
 from share.harness import row, run_tasks, start_of, tell
 from share.likelihood import pieces, score
-from machine import pick_device
-from sample import build, describe, find, make_tokenizer
-from shards import BYTE_VOCAB, open_data
+from support.checkpoint import read
+from support.flags import Parser
+from support.machine import pick_device
+from support.shards import BYTE_VOCAB, open_data
 from train_gpt2 import BATCHES, shifted
 
 # --------------------------------------------------------------------------------------------------

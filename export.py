@@ -25,14 +25,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-import checkpoint
 from data.tokenizer import tokenizer_files
-from exported import (ACTIVATIONS, DERIVED, KEY, SETTINGS, STOCK, WEIGHTS, digest, optional,
-                      stock_class, to_stock)
-from flags import Parser, listed
 from parts import norm
 from sample import build, find, make_tokenizer, val_loss
-from shards import tokenizer_of
+from support import checkpoint
+from support.exported import (ACTIVATIONS, DERIVED, KEY, SETTINGS, STOCK, WEIGHTS, digest, optional,
+                              stock_class, to_stock)
+from support.flags import Parser, listed
+from support.shards import tokenizer_of
 from train_gpt2 import GPT, ROOT, Config
 
 MODELING = "modeling_spectral_nanogpt"
@@ -127,18 +127,19 @@ def model_source() -> str:
 
 
 def sources() -> dict[str, str]:
-    """{file: text} of all that a model of ours needs besides torch and transformers."""
-    local = {path.stem for path in ROOT.glob("*.py")}
+    """{file: text} of all that a model of ours needs besides torch and transformers: one folder."""
+    local = {path.stem: path for folder in (ROOT, ROOT / "support") for path in folder.glob("*.py")}
     found = {"gpt": model_source()}
     waiting = ["decode", "gpt"]
     while waiting:
         name = waiting.pop()
-        text = found.get(name) or (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        text = found.get(name) or local[name].read_text(encoding="utf-8")
         text = text.replace("from train_gpt2 import", "from gpt import")
-        used = [word for word in re.findall(r"^from (\w+) import", text, re.MULTILINE)
-                if word in local | {"gpt"}]
-        found[name] = re.sub(rf"^from ({'|'.join(used or ['-'])}) import", r"from .\1 import", text,
-                             flags=re.MULTILINE)
+        imports = r"^from (?:support\.)?({}) import"
+        used = [word for word in re.findall(imports.format(r"\w+"), text, re.MULTILINE)
+                if word in local or word == "gpt"]
+        ours = imports.format("|".join(used or ["-"]))
+        found[name] = re.sub(ours, r"from .\1 import", text, flags=re.MULTILINE)
         waiting += [word for word in used if word not in found]
     modeling = (ROOT / "share/modeling.py").read_text(encoding="utf-8")
     return {f"{name}.py": text for name, text in found.items()} | {f"{MODELING}.py": modeling}

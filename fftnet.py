@@ -2,8 +2,7 @@
 
 The published mixer (Fein-Ashley, arXiv 2502.18394, later SPECTRE; jacobfa/fft,
 mrorigo/pytorch-fftnet) takes the FFT of the whole window, multiplies it by base + MLP(mean of all
-tokens), applies modReLU and goes back. All three look ahead, and padding mends none: no threshold
-on a whole sequence's spectrum is holomorphic, hence none is causal. Here
+tokens), applies modReLU and goes back. All three look ahead, and padding mends none (afno.py). Here
 
     c_t = (x_1 + ... + x_t) / t                               context: a running mean
     a_t = modReLU(rms_norm(base + W_q x_t + MLP(c_t)))        token t's filter, complex, by mode
@@ -18,10 +17,9 @@ with a short causal convolution on W_q x, W_g x, v = W_v x and k = W_k x (then o
 Kept: Fourier modes, the filter base + MLP(mean), modReLU, subquadratic time. Changed: modReLU acts
 on the filter, the mean ends at t, a token has its own filter and a gate. bank is the faithful form,
 a linear filter of the whole past, with M learned anchors of one-sided support for the paper's
-frequency bins. running is O(T): its window forgets, theta starts at the DFT's grid, and k_t chooses
-the modes a token is written into; k = 1 and g = 0 would be the paper's spectrum. It is matrix
-products in chunks of C tokens: c_i = g_1 + ... + g_i, D_ij = e^{c_i - c_j} for i >= j, Q and K are
-a, k turned by e^{i theta i},
+frequency bins. running is O(T): its window forgets, and k_t chooses the modes a token is written
+into; k = 1 and g = 0 would be the paper's spectrum. It is matrix products in chunks of C tokens:
+c_i = g_1 + ... + g_i, D_ij = e^{c_i - c_j} for i >= j, Q and K are a, k turned by e^{i theta i},
 
     O = (Q K^T * D) V + e^c Q Z
     Z' = e^{-i theta C} (e^{c_C} Z + (e^{c_C - c} K)^T V)
@@ -38,10 +36,9 @@ from torch import Tensor
 
 from afno import FourierKernel
 from kernels import BACKENDS, BLOCK, toeplitz_conv
-from parts import Linear, ShortConv, norm
+from parts import Linear, ShortConv, norm, running_mean
 
-# Tokens that are worked on as one matrix product.
-CHUNK = 64
+CHUNK = 64                                           # tokens that are one matrix product
 
 
 def rotate(z: Tensor, angle: Tensor, dim: int = -1) -> Tensor:
@@ -56,13 +53,6 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:
     # The root of |z|^2 alone has a NaN gradient at 0.
     size = (sum(part.square() for part in z.chunk(2, dim=-1)) + 1e-6).sqrt()
     return z * (F.relu(size + bias) / size).tile(2)
-
-
-def running_mean(x: Tensor) -> Tensor:
-    """(B, T, C) -> means of x_1 ... x_t, summed in fp32."""
-    total = x.to(torch.promote_types(x.dtype, torch.float32)).cumsum(1)
-    t = torch.arange(1, x.size(1) + 1, device=x.device)[:, None]
-    return (total / t).type_as(x)
 
 
 def running_spectrum(a: Tensor, k: Tensor, v: Tensor, g: Tensor, theta: Tensor,
@@ -241,8 +231,7 @@ class FFTNet(nn.Module):
     def split(self, z: Tensor, mean: Tensor):
         """-> a (..., H, 2M), v (..., H, d), gate (..., C); z is streams behind the convolution."""
         q, v, gate = z.split(self.widths, dim=-1)
-        a = q + self.context(mean) + self.base
-        a = a.unflatten(-1, (self.n_head, -1))
+        a = (q + self.context(mean) + self.base).unflatten(-1, (self.n_head, -1))
         v = v.unflatten(-1, (self.n_head, -1))
         return modrelu(norm(a), self.threshold.view(self.n_head, -1)), v, gate
 

@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import CausalSelfAttention, NoHeadNorm
-from parts import GatedMLP, PreNorm
+from attention import CausalSelfAttention
+from parts import GatedMLP, NoHeadNorm, PreNorm
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """What a block is made of besides its mixer: norms, residuals, positions, MLPs, linear layers.
 
-Also the short convolution that several mixers put in front of their gates. Each class is a row of
-one of the dicts in train_gpt2.py ("The axes"), or is built by such a row.
+Also what several mixers have inside: norms of heads, the short convolution in front of gates. Each
+class is a row of one of the dicts in train_gpt2.py ("The axes"), or is built by such a row. At the
+end: which parts fit together.
 
-Letters: B batch, T time, C channels, r rank, d_in and d_out widths.
+Letters: B batch, T time, C channels, H heads, D head width, r rank, d_in and d_out widths.
 """
 from functools import partial
 
@@ -25,6 +26,13 @@ def norm(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype in WIDE and not torch.compiler.is_compiling():
         return RMSNorm.apply(x, 1e-6)
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def running_mean(x: Tensor) -> Tensor:
+    """(B, T, C) -> means of x_1 ... x_t, summed in fp32."""
+    total = x.to(torch.promote_types(x.dtype, torch.float32)).cumsum(1)
+    t = torch.arange(1, x.size(1) + 1, device=x.device)[:, None]
+    return (total / t).type_as(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,6 +238,41 @@ class PrePostNorm(PreNorm):
 
 
 # --------------------------------------------------------------------------------------------------
+# Norms inside the heads: q, k, v -> the same, each (B, H, T, D)
+
+class NoHeadNorm(nn.Module):
+    def __init__(self, head_dim: int):
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor):
+        return q, k, v
+
+
+class QKNorm(NoHeadNorm):
+    """RMSNorm of queries and keys, head by head, without gains (arXiv 2010.04245)."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor):
+        return norm(q), norm(k), v
+
+
+class QKVNorm(nn.Module):
+    """RMSNorm of queries, keys and values, head by head; one gain of width D each, for all heads.
+
+    HybridNorm's attention half (arXiv 2503.04598, github.com/BryceZhuo/HybridNorm).
+    """
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.q = nn.Parameter(torch.ones(head_dim))
+        self.k = nn.Parameter(torch.ones(head_dim))
+        self.v = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor):
+        q = norm(q) * self.q.type_as(q)
+        k = norm(k) * self.k.type_as(k)
+        v = norm(v) * self.v.type_as(v)
+        return q, k, v
+
+
+# --------------------------------------------------------------------------------------------------
 # Residuals: what a block makes of the stream x and the output y of branch 0 (mixer) or 1 (MLP)
 
 class Add(nn.Module):
@@ -403,3 +446,41 @@ def narrow_or_attention(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     if narrow or "scaled_dot_product" in str(op) or "flex_attention" in str(op):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --------------------------------------------------------------------------------------------------
+# Which parts fit together
+
+def check_values(mixers):
+    """{row: mixer}: ValueError where a value residual has nothing to add, or other widths."""
+    for name, mixer in mixers.items():
+        if not hasattr(mixer, "v") or not hasattr(mixer, "value"):
+            raise ValueError(f"--value_residual: {name} has no values to add to: leave it out, or "
+                             "change --mixer")
+    widths = {name: mixer.v.out_features for name, mixer in mixers.items()}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{width} in {name}" for name, width in widths.items())
+        raise ValueError(f"--value_residual adds layer 1's values, but their widths differ: "
+                         f"{listed}: leave out --n_kv_head or --value_residual")
+
+
+def check_parts(model):
+    """ValueError where the parts of a GPT do not fit together."""
+    cfg = model.cfg
+    mixers = [block.mixer for block in model.blocks]
+    for name, p in model.named_parameters():
+        if not p.numel():
+            raise ValueError(f"{name} would have no entries: one of its sizes is 0: raise it")
+    if cfg.value_residual:
+        check_values(dict(zip(cfg.mixers, mixers)))
+    if model.mask_documents and cfg.document_token < 0:
+        raise ValueError("GPT needs a document_token to mask documents; main() takes the "
+                         "vocabulary's")
+    if model.mask_documents and cfg.output_conv:
+        raise ValueError(f"--batches {cfg.batches}: a convolution cannot keep documents apart: "
+                         "leave out --output_conv, or take --batches padded")
+    for name, mixer in zip(cfg.mixers, mixers):
+        if model.mask_documents and not getattr(mixer, "masks_documents", False):
+            raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep "
+                             "documents apart, attention without --short_conv can: change "
+                             "--mixer, or take --batches padded")

@@ -28,9 +28,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import FREE, LAST
 from data import command
-from machine import duration
+from support.checkpoint import FREE, LAST
+from support.machine import duration
 from train_gpt2 import ROOT, Config, parse
 
 # Scripts, which import one another by their names.

@@ -7,7 +7,7 @@
 
 --interactive continues every line it reads; the text so far stays in the context, and a line begins
 behind it. Ctrl-C stops a text, Ctrl-D or the end of a pipe leaves. How far a model looks back is
-said in decode.py.
+said in support/decode.py.
 """
 import argparse
 import codecs
@@ -27,13 +27,13 @@ if __name__ == "__main__" and not IGNORED:
 
 import torch
 
-import exported
-from checkpoint import read
-from decode import Context, generate
-from flags import Parser
-from machine import first_line, pick_device
 from share.quantize import quantized
-from shards import TOKENIZERS, tokenizer_of
+from support import exported
+from support.checkpoint import read
+from support.decode import Context, generate
+from support.flags import Parser
+from support.machine import first_line, pick_device
+from support.shards import TOKENIZERS, tokenizer_of
 from train_gpt2 import GPT, ROOT, Config
 
 # --------------------------------------------------------------------------------------------------

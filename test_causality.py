@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from flags import choices
 from share import leaks
+from support.flags import choices
 from tests.checks import (C, T, alive, apart, awake, batch, decode, jacobian, noise, prefix, pure,
                           small)
 from tests.published import PUBLISHED, ZeroPaddedAFNO

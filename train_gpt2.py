@@ -1,8 +1,9 @@
 """spectral-nanogpt: train GPT-2 on one GPU, with or without attention.
 
-This file is the whole trainer: Config, model, optimizers, batches, log and loop. A sequence mixer
-is a sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py the
-hand-written backward passes, shards.py what opens token files.
+This file is the trainer: Config, model, schedules, the axes, the loop and its step. A sequence
+mixer is a sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py
+the hand-written passes and Muon. A step enters no other file: support/ has what is done before,
+beside or behind the steps, from flags and shards to log and checkpoints.
 Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (one GPU).
 
     python train_gpt2.py                                  # the embedded run: any machine, minutes
@@ -16,51 +17,52 @@ Letters: B batch, T time, C channels, H heads, D head width, V vocabulary, L lay
 nats per token.
 """
 import math
-import os
 import signal
 import sys
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from time import perf_counter
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     # Until main() listens Ctrl-C ends it at once: no traceback of what torch was importing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import numpy as np
 import torch
-import torch._functorch.config
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
 from afno import AFNO
-from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, QKNorm, QKVNorm
+from attention import CausalSelfAttention, GatedAttention
 from deltanet import GatedDeltaNet
 from diff import DiffAttention, DiffAttentionV2
-from documents import Padded, document_token, fill
-from estimate import flops_per_token, memory_estimate, report
-from exported import start_from
 from fan import FAN, FANMLP, TRIG
 from fftnet import FFTNet, FILTERS
-from flags import check_settings, check_words, listed, make_parser
 from kernels import BACKENDS, linear_cross_entropy, product_dtype, softcap
-from log import TRACKERS, Log, per_byte
-from machine import (DEVICES, PRECISIONS, Clock, checksum, device_name, device_peak_flops,
-                     environment, graph_breaks, has_bf16, host_memory, is_out_of_memory,
-                     peak_memory, pick_device, pick_precision)
 from ngpt import NGPTMLP, LogitGain, NGPTAttention, SphereNorm, SphereResidual
 from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNorm,
-                   LayerNormScaling, LearnedPositions, Linear, NoConv, NoPositions, PolyNormMLP,
-                   PreNorm, PrePostNorm, ReLU2, ShortConv, SinusoidalPositions, SwiGLU, hybrid_star,
-                   keep_all, norm, recompute_block, recompute_high_rank)
-from processes import Buckets, compiler, join_processes, process_numbers
-from shards import bytes_a_token, open_data, refuse_changes, tokenizer_of
+                   LayerNormScaling, LearnedPositions, Linear, NoConv, NoHeadNorm, NoPositions,
+                   PolyNormMLP, PreNorm, PrePostNorm, QKNorm, QKVNorm, ReLU2, ShortConv,
+                   SinusoidalPositions, SwiGLU, check_parts, hybrid_star, keep_all, norm,
+                   recompute_block, recompute_high_rank)
+from support import checkpoint, machine, optim
+from support.batches import Packed, Windows, open_batches, prepare
+from support.compile import compiled, compiles
+from support.decode import BlockDecoding, Decoding
+from support.documents import Padded, fill
+from support.estimate import estimate, utilisation
+from support.exported import start_from
+from support.flags import check_settings, check_words, listed, make_parser, readers
+from support.log import Log, NoLog, opening, summary
+from support.metrics import hit_rate, per_byte, results
+from support.processes import (Buckets, join_processes, leave_processes, process_numbers, restarted,
+                               sum_over_processes)
+from support.shards import refuse_changes, tokenizer_of
+from support.signals import Signals
+from support.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent
 
@@ -263,8 +265,6 @@ class Config:
 
 # A size of every model, although only some mixers read it. parse() refuses it where it is typed.
 ALWAYS_ACCEPTED = ("n_head",)
-
-
 SYNONYMS = {"fan_ratio": ["--p"]}
 
 
@@ -287,7 +287,7 @@ def parse(argv: list[str] | None = None) -> Config:
 # --------------------------------------------------------------------------------------------------
 # Model
 
-class Block(nn.Module):
+class Block(BlockDecoding, nn.Module):
     """x + mixer(norm x), then x + mlp(norm x), in the ways that NORMS and RESIDUALS offer."""
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
@@ -325,35 +325,12 @@ class Block(nn.Module):
         """The stream and the MLP branch's output -> the stream."""
         return self.residual(x, self.dropout(y), 1)
 
-    def init_state(self, B: int) -> tuple:
-        """The states before the first token: of the mixer, of the convolutions behind branches."""
-        return tuple(m.init_state(B) for m in (self.mixer, self.mixer_conv, self.mlp_conv))
-
-    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None):
-        """A prompt: forward's output, and the states behind it."""
-        x, h = self.norm.mixer(x)
-        y, state = self.mixer.prefill(h, v1, *self.seen(views))
-        x, h = self.join(x, self.mixer_conv(y))
-        z = self.mlp(h)
-        states = state, self.mixer_conv.state_behind(y), self.mlp_conv.state_behind(z)
-        return self.end(x, self.mlp_conv(z)), states
-
-    def step(self, x: Tensor, states: tuple, v1: Tensor | None = None, *docs: Tensor):
-        """One token, (B, C) and the states -> (B, C), the next states."""
-        state, behind_mixer, behind_mlp = states
-        x, h = self.norm.mixer(x)
-        y, state = self.mixer.step(h, state, v1, *docs)
-        y, behind_mixer = self.mixer_conv.step(y, behind_mixer)
-        x, h = self.join(x, y)
-        y, behind_mlp = self.mlp_conv.step(self.mlp(h), behind_mlp)
-        return self.end(x, y), (state, behind_mixer, behind_mlp)
-
     def value(self, x: Tensor) -> Tensor:
         """The mixer's values at this input, for the value residual of later layers."""
         return self.mixer.value(self.norm.mixer(x)[1])
 
 
-class GPT(nn.Module):
+class GPT(Decoding, nn.Module):
     """idx (B, T) int64 -> logits (B, T, V); with targets (B, T) -> mean cross-entropy in nats.
 
     A target of -1 is none. Raises ValueError where cfg's parts do not fit together.
@@ -389,28 +366,8 @@ class GPT(nn.Module):
             self.skip_lambda = nn.Parameter(torch.ones(L // 2))
 
         self.mask_documents = cfg.mask_documents
-        self.check_parts()
+        check_parts(self)
         init_weights(self)
-
-    def check_parts(self):
-        cfg = self.cfg
-        mixers = [block.mixer for block in self.blocks]
-        for name, p in self.named_parameters():
-            if not p.numel():
-                raise ValueError(f"{name} would have no entries: one of its sizes is 0: raise it")
-        if cfg.value_residual:
-            check_values(dict(zip(cfg.mixers, mixers)))
-        if self.mask_documents and cfg.document_token < 0:
-            raise ValueError("GPT needs a document_token to mask documents; main() takes the "
-                             "vocabulary's")
-        if self.mask_documents and cfg.output_conv:
-            raise ValueError(f"--batches {cfg.batches}: a convolution cannot keep documents apart: "
-                             "leave out --output_conv, or take --batches padded")
-        for name, mixer in zip(cfg.mixers, mixers):
-            if self.mask_documents and not getattr(mixer, "masks_documents", False):
-                raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep "
-                                 "documents apart, attention without --short_conv can: change "
-                                 "--mixer, or take --batches padded")
 
     def trunk(self, idx: Tensor, at, run) -> Tensor:
         """(B, T) -> (B, T, C), from embedding to final norm; the stream is as narrow as products.
@@ -473,59 +430,6 @@ class GPT(nn.Module):
             views = {window: mixer.view(T, begin, idx.device) for window, mixer in mixers.items()}
         return at, views, begin
 
-    def init_state(self, B: int):
-        """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
-        begin = next(self.parameters()).new_zeros(B, dtype=torch.long)
-        return [block.init_state(B) for block in self.blocks], 0, begin
-
-    def prefill(self, idx: Tensor):
-        """A prompt, idx (B, T), T >= 1 -> the logits behind it (B, V), the state behind it."""
-        at, views, begin = self.sight(idx)
-        states = []
-
-        def run(i, x, v1):
-            x, state = self.blocks[i].prefill(x, v1, views)
-            states.append(state)
-            return x
-
-        h = self.trunk(idx, at, run)
-        begin = torch.zeros_like(idx[:, 0]) if begin is None else begin[:, -1]
-        return self.logits(h[:, -1:])[:, 0], (states, idx.size(1), begin)
-
-    def step(self, idx: Tensor, state):
-        """One token, idx (B,) -> logits (B, V), the next state; the old one is used up.
-
-        The same numbers as forward's column t, at the cost of one column.
-        """
-        states, t, begin = state
-        states = list(states)
-        docs = ()
-        if self.mask_documents:
-            begin = torch.where(idx == self.cfg.document_token, t, begin)
-            docs = (begin,)
-
-        def run(i, x, v1):
-            if v1 is not None:
-                v1 = v1[:, 0]
-            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *docs)
-            return x[:, None]
-
-        h = self.trunk(idx[:, None], t - begin[:, None], run)
-        return self.logits(h)[:, 0], (states, t + 1, begin)
-
-
-def check_values(mixers):
-    """{row: mixer}: ValueError where a value residual has nothing to add, or other widths."""
-    for name, mixer in mixers.items():
-        if not hasattr(mixer, "v") or not hasattr(mixer, "value"):
-            raise ValueError(f"--value_residual: {name} has no values to add to: leave it out, or "
-                             "change --mixer")
-    widths = {name: mixer.v.out_features for name, mixer in mixers.items()}
-    if len(set(widths.values())) > 1:
-        listed = ", ".join(f"{width} in {name}" for name, width in widths.items())
-        raise ValueError(f"--value_residual adds layer 1's values, but their widths differ: "
-                         f"{listed}: leave out --n_kv_head or --value_residual")
-
 
 def roles(model: GPT) -> dict[nn.Parameter, str]:
     """{parameter: role}: embed, head, proj, matrix, vector, lambda, gate or kernel, exactly one.
@@ -573,208 +477,11 @@ def init_weights(model: GPT):
 
 
 # --------------------------------------------------------------------------------------------------
-# Optimizers: a builder turns {parameter: role} into optimizers. Every parameter has one group in
-# one of them. Weight decay is decoupled and never meets vectors, lambdas, gates or kernels.
-
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0; singular values land in [0.7, 1.2]
-
-
-def newton_schulz(G: Tensor, steps: int = 5) -> Tensor:
-    """(..., m, n) -> about the nearest semi-orthogonal matrices, by a quintic iteration.
-
-    bf16 on CUDA cards that have it; fp32 elsewhere: CPUs without bf16 units are up to 65x slower.
-    Source: github.com/KellerJordan/Muon.
-    """
-    a, b, c = NS_COEFFICIENTS
-    X = G.bfloat16() if has_bf16(G.device) else G.float()
-    tall = G.size(-2) > G.size(-1)
-    if tall:
-        X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if tall else X
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: W <- W (1 - lr wd) - lr sqrt(max(1, out / in)) NS(nesterov(g)).
-
-    Matrices of one shape (or its transpose) go through Newton-Schulz as one batch, stacks included.
-    With several processes each does its share of the batch and gathers the rest. Needs gradients
-    that are already averaged. row_beta > 0 divides each row by its running size, and keeps the
-    matrix's own (NorMuon, arXiv 2510.05491). At 124M parameters and 5100 steps AdamW ends at 3.3406
-    and Muon at 3.2760 (modded-nanogpt, logs of 2024-10-29). Source: github.com/KellerJordan/Muon.
-    """
-    def __init__(self, params, lr: float, momentum: float, weight_decay: float,
-                 row_beta: float = 0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
-                                      row_beta=row_beta))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            batches = defaultdict(list)
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"]
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])      # Nesterov's
-                update = update.view(-1, *p.shape[-2:])                # (stack, out, in)
-                if p.size(-2) > p.size(-1):
-                    update = update.mT
-                batches[update.shape[-2:]].append((p, update))
-
-            for batch in batches.values():
-                updates = [update for _, update in batch]
-                results = self.orthogonalise(torch.cat(updates)).split([len(u) for u in updates])
-                for (p, _), result in zip(batch, results):
-                    rows, columns = p.shape[-2:]
-                    if rows > columns:
-                        result = result.mT
-                    result = result.reshape(p.shape)
-                    if group["row_beta"]:
-                        result = self.by_rows(result, self.state[p], group["row_beta"])
-                    lr = group["lr"] * max(1, rows / columns) ** 0.5
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(result, alpha=-lr)
-
-    @staticmethod
-    def by_rows(update: Tensor, state: dict, beta: float) -> Tensor:
-        """(..., out, in) -> each row over the root of its running mean square, of the old norm."""
-        # Newton-Schulz may have been in bf16, in which a mean would stand still.
-        update = update.to(torch.promote_types(update.dtype, torch.float32))
-        square = update.square().mean(dim=-1, keepdim=True)
-        if "row_square" not in state:
-            state["row_square"] = torch.zeros_like(square)
-        mean = state["row_square"].lerp_(square, 1 - beta)
-        scaled = update / (mean.sqrt() + 1e-8)
-        norms = [u.norm(dim=(-2, -1), keepdim=True) for u in (update, scaled)]
-        return scaled * (norms[0] / norms[1].clamp(min=1e-8))
-
-    @staticmethod
-    def orthogonalise(updates: Tensor) -> Tensor:
-        """(N, m, n) -> same; every process does N / world of them."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        if world == 1:
-            return newton_schulz(updates)
-        padded = F.pad(updates, (0, 0, 0, 0, 0, -len(updates) % world))
-        mine = newton_schulz(padded.chunk(world)[dist.get_rank()]).contiguous()
-        everyone = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(everyone, mine)
-        return torch.cat(everyone)[:len(updates)]
-
-
-MATRICES = ("matrix", "proj")                            # the roles inside blocks
-
-
-# {role: the field that scales its learning rate}
-RATES = {"embed": "embed_lr_scale", "head": "head_lr_scale", "vector": "vector_lr_scale",
-         "kernel": "kernel_lr_scale", "lambda": "lambda_lr_scale"}
-
-
-def check_rates(cfg: Config, table):
-    """Refuse a rate that was set for a role which no parameter of a table of roles has."""
-    for role, name in RATES.items():
-        if getattr(cfg, name) != getattr(Config, name) and role not in table.values():
-            raise ValueError(f"--{name} has no effect here, no parameter has the role {role}: "
-                             "drop it")
-
-
-def role_groups(cfg: Config, table, lr: float, decayed=()) -> list[dict]:
-    """Parameter groups, one a role, with the learning rate that the flags give it."""
-    groups = []
-    for role in sorted(set(table.values())):
-        scale = getattr(cfg, RATES[role]) if role in RATES else 1.0
-        groups.append(dict(params=[p for p in table if table[p] == role], lr=lr * scale,
-                           weight_decay=cfg.weight_decay if role in decayed else 0.0))
-    return groups
-
-
-def adamw(cfg: Config, table, decayed=()) -> torch.optim.Optimizer:
-    groups = role_groups(cfg, table, cfg.learning_rate, decayed)
-    betas = (cfg.adam_beta1, cfg.adam_beta2)
-    return torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=True)
-
-
-def split_matrices(table):
-    """-> the matrices inside blocks, the table of all other parameters."""
-    matrices = [p for p in table if table[p] in MATRICES]
-    return matrices, {p: role for p, role in table.items() if role not in MATRICES}
-
-
-def optional_optimizer(name: str):
-    """A class of the optional package pytorch-optimizer, or SystemExit with one line."""
-    try:
-        import pytorch_optimizer
-    except ImportError:
-        raise SystemExit(f"--optim {name.lower()} needs an optional package: "
-                         "pip install pytorch-optimizer") from None
-    return getattr(pytorch_optimizer, name)
-
-
-def keeps(matrix: int, other: int):
-    """State an optimizer keeps, for --estimate: fp32 numbers a weight of a matrix, of another."""
-    def mark(builder):
-        builder.state_per_weight = (matrix, other)
-        return builder
-    return mark
-
-
-@keeps(matrix=2, other=2)
-def build_adamw(cfg: Config, table):
-    return [adamw(cfg, table, decayed=(*MATRICES, "embed", "head"))]
-
-
-@keeps(matrix=1, other=2)
-def build_muon(cfg: Config, table):
-    """Muon for the matrices, AdamW without weight decay for the rest."""
-    matrices, rest = split_matrices(table)
-    muon = Muon(matrices, cfg.muon_learning_rate, cfg.muon_momentum, cfg.weight_decay,
-                cfg.muon_row_beta)
-    return [muon, adamw(cfg, rest)]
-
-
-@keeps(matrix=3, other=3)
-def build_ademamix(cfg: Config, table):
-    """AdamW plus a slow second momentum, whose weight and decay grow over ademamix_warmup steps.
-
-    The slow average forgets half in 0.69 / (1 - beta3) steps; keep that well below the length of
-    the run. Source: arXiv 2409.03137.
-    """
-    AdEMAMix = optional_optimizer("AdEMAMix")
-    groups = role_groups(cfg, table, cfg.learning_rate, decayed=(*MATRICES, "embed", "head"))
-    betas = (cfg.adam_beta1, cfg.adam_beta2, cfg.ademamix_beta3)
-    warmup = cfg.ademamix_warmup or cfg.num_iterations
-    return [AdEMAMix(groups, betas=betas, alpha=cfg.ademamix_alpha, t_alpha_beta3=warmup,
-                     weight_decouple=True)]
-
-
-@keeps(matrix=10, other=2)
-def build_soap(cfg: Config, table):
-    """Adam in the eigenbasis of Shampoo's preconditioner for the matrices, AdamW for the rest.
-
-    Its first step only looks at the gradient. At 124M and 5100 steps it ended with Muon (3.2752 and
-    3.2760), at twice the time a step (modded-nanogpt). Source: arXiv 2409.11321.
-    """
-    SOAP = optional_optimizer("SOAP")
-    matrices, rest = split_matrices(table)
-    soap = SOAP(matrices, lr=cfg.learning_rate, betas=(cfg.soap_beta, cfg.soap_beta),
-                weight_decay=cfg.weight_decay, precondition_frequency=cfg.soap_frequency)
-    return [soap, adamw(cfg, rest)]
-
+# Optimizers and schedules: a builder of support/optim.py turns {parameter: role} into optimizers.
 
 def build_optimizers(cfg: Config, model: GPT):
-    optimizers = OPTIMS[cfg.optim][0](cfg, roles(model))
-    groups = [group for opt in optimizers for group in opt.param_groups]
-    owned = [p for group in groups for p in group["params"]]
-    assert len(owned) == len(set(owned)), "a parameter with two optimizers"
-    assert set(owned) == set(model.parameters()), "a parameter without an optimizer"
-    for group in groups:
-        group["peak_lr"] = group["lr"]
-    return optimizers
+    builder, _ = OPTIMS[cfg.optim]
+    return optim.complete(builder(cfg, roles(model)), model)
 
 
 def clip_gradients(table, cfg: Config):
@@ -826,154 +533,6 @@ def set_schedule(optimizers, step: float, cfg: Config):
             group["lr"] = group["peak_lr"] * share
             if "momentum" in group:
                 group["momentum"] = momentum
-
-
-def ramp_notes(cfg: Config) -> list[str]:
-    """A line for each ramp that the run is too short for, and for a window that hides nothing."""
-    lines = []
-    if cfg.lr_start and not cfg.warmup_steps:
-        lines.append("note: --lr_start has no effect: so short a run has no warm-up")
-    if min(listed(cfg.window)) >= cfg.sequence_length:
-        lines.append(f"note: --window {cfg.window} has no effect: no sequence is longer")
-    for name in ("muon_momentum_warmup", "ademamix_warmup"):
-        steps = getattr(cfg, name)
-        if name in cfg.fields_read() and steps > cfg.num_iterations and not cfg.minutes:
-            lines.append(f"note: --{name} {steps:,} is longer than the run, which ends in the "
-                         "middle of that ramp")
-    return lines
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches: which tokens a step reads. Shards: shards.py; whole documents: documents.py.
-
-class Windows:
-    """Windows of T tokens and one more, each once an epoch: in file order, or shuffled.
-
-    Shuffled, every epoch is cut at a new offset. What a step reads is a pure function of its
-    number: processes never overlap, never skip, and a run can be continued anywhere.
-    Raises SystemExit where there is less than a window, or a step cannot be shared evenly.
-    """
-    mask_documents = False
-
-    def __init__(self, shards, cfg: Config, rank: int = 0, world: int = 1,
-                 shuffle: bool | None = None):
-        self.cfg = cfg
-        self.rank = rank
-        self.world = world
-        self.shuffle = cfg.shuffle if shuffle is None else shuffle
-        self.shards = list(shards.values())
-
-        sequences = cfg.batch_size * cfg.grad_accumulation_steps       # in a step, all processes
-        self.rows = sequences // world
-        self.micro_batch = min(cfg.batch_size, self.rows)
-        if sequences % world or self.rows % self.micro_batch:
-            raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {cfg.batch_size} sequences"
-                             f" cannot be shared evenly by {world} processes: change "
-                             "--grad_accumulation_steps")
-
-        T = cfg.sequence_length
-        spare = T - 1 if self.shuffle else 0                           # room for the offset
-        windows = [max(0, (len(shard) - 1 - spare) // T) for shard in self.shards]
-        if not sum(windows):
-            raise SystemExit(f"{next(iter(shards))}: shorter than a sequence of {T:,} tokens: "
-                             "lower --sequence_length")
-        self.ends = np.cumsum(windows)
-        self.per_step = cfg.tokens_per_step                            # targets, all processes
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def __str__(self):
-        return (f"{self.targets(len(self)):,} tokens to predict, {len(self):,} windows in "
-                f"{len(self.shards)} shards")
-
-    @property
-    def widths(self) -> list[int]:
-        """Tokens a row may have."""
-        return [self.cfg.sequence_length]
-
-    def shapes(self) -> list[tuple[int, int]]:
-        """Of all micro-batches: (rows, tokens a row)."""
-        return [(self.micro_batch, self.cfg.sequence_length)]
-
-    def first(self, tokens: int) -> int:
-        """How many windows hold the first `tokens` targets: at least one, at most all."""
-        return min(len(self), max(1, tokens // self.cfg.sequence_length))
-
-    def targets(self, n: int) -> int:
-        """How many tokens the first n windows predict."""
-        return n * self.cfg.sequence_length
-
-    def read(self, windows, offset: int = 0):
-        """Numbers of windows -> their tokens (len(windows), T + 1) int64."""
-        T = self.cfg.sequence_length
-        rows = []
-        for window in windows:
-            s = int(np.searchsorted(self.ends, window, side="right"))
-            before = self.ends[s - 1] if s else 0
-            start = offset + T * int(window - before)
-            rows.append(self.shards[s][start:start + T + 1])
-        return np.stack(rows).astype(np.int64)
-
-    def batch(self, step: int) -> Tensor:
-        """This process's sequences of a step, (rows, T + 1)."""
-        n = len(self)
-        numbers = (step * self.world + self.rank) * self.rows + np.arange(self.rows)
-        parts = []
-        for epoch in np.unique(numbers // n):
-            windows = numbers[numbers // n == epoch] % n
-            offset = 0
-            if self.shuffle:
-                rng = np.random.default_rng((self.cfg.seed, epoch))
-                windows = rng.permutation(n)[windows]
-                offset = int(rng.integers(self.cfg.sequence_length))
-            parts.append(self.read(windows, offset))
-        return torch.from_numpy(np.concatenate(parts))
-
-    def micro_batches(self, step: int):
-        """-> [(tokens (rows, T + 1), weight of its loss)], targets predicted by all processes."""
-        parts = self.batch(step).split(self.micro_batch)
-        return [(rows, 1 / len(parts)) for rows in parts], self.cfg.tokens_per_step
-
-
-class Packed(Windows):
-    """The same windows, but tokens see their own document only.
-
-    A window may begin or end inside a document. Nothing is padded, and attention costs less where
-    its kernel skips what a mask hides. Mixers that cannot mask documents are refused.
-    """
-    mask_documents = True
-
-
-def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (B, T + 1) -> inputs, targets, each (B, T): a token predicts the next.
-
-    Targets behind the end of a padded document are -1; as inputs they are any token.
-    """
-    return rows[:, :-1].clamp(min=0), rows[:, 1:]
-
-
-def stream(batches, device: torch.device, start: int = 0):
-    """Steps, forever: [(inputs, targets, weight of its loss)], targets predicted by all processes.
-
-    A thread prepares the next step while this one runs.
-    """
-    def prepare(step):
-        refuse_changes(batches)
-        parts, predictions = batches.micro_batches(step)
-        if device.type == "cuda":
-            parts = [(rows.pin_memory(), weight) for rows, weight in parts]
-        return parts, predictions
-
-    with ThreadPoolExecutor(1) as pool:
-        ready = pool.submit(prepare, start)
-        for step in count(start + 1):
-            parts, predictions = ready.result()
-            ready = pool.submit(prepare, step)
-            micro_batches = []
-            for rows, weight in parts:
-                micro_batches.append((*shifted(rows.to(device, non_blocking=True)), weight))
-            yield micro_batches, predictions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1061,10 +620,11 @@ SCHEDULES = {
     "cosine": (cosine, {}),
 }
 OPTIMS = {
-    "adamw": (build_adamw, {}),
-    "muon": (build_muon, own("muon", "learning_rate", "momentum", "momentum_warmup", "row_beta")),
-    "ademamix": (build_ademamix, own("ademamix", "alpha", "beta3", "warmup")),
-    "soap": (build_soap, own("soap", "beta", "frequency")),
+    "adamw": (optim.build_adamw, {}),
+    "muon": (optim.build_muon,
+             own("muon", "learning_rate", "momentum", "momentum_warmup", "row_beta")),
+    "ademamix": (optim.build_ademamix, own("ademamix", "alpha", "beta3", "warmup")),
+    "soap": (optim.build_soap, own("soap", "beta", "frequency")),
 }
 # What `build` makes a model of.
 PARTS = {
@@ -1074,25 +634,12 @@ PARTS = {
 AXES = PARTS | {
     "recompute": RECOMPUTE, "batches": BATCHES, "optim": OPTIMS, "schedule": SCHEDULES,
 }
-
-
 # {field: the words it may have}
-CHOICES = AXES | {"model": MODELS, "device": DEVICES, "dtype": ("auto", *PRECISIONS),
-                  "afno_backend": BACKENDS, "fan_trig": TRIG,
-                  "fftnet_filter": FILTERS, "log": TRACKERS}
-
-
-def readers() -> dict[str, dict[str, list[str]]]:
-    """{field: {axis: the rows that read it}} of every field that only rows read."""
-    found = {}
-    for axis, table in AXES.items():
-        for row, (_, arguments) in table.items():
-            for field in arguments.values():
-                found.setdefault(field, {}).setdefault(axis, []).append(row)
-    return found
-
-
-KNOBS = readers()
+CHOICES = AXES | {
+    "model": MODELS, "device": machine.DEVICES, "dtype": ("auto", *machine.PRECISIONS),
+    "afno_backend": BACKENDS, "fan_trig": TRIG, "fftnet_filter": FILTERS, "log": TRACKERS,
+}
+KNOBS = readers(AXES)
 
 
 def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
@@ -1110,7 +657,7 @@ def build(axis: str, row: str, cfg: Config, *sizes, layer: int = 0, **more):
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad numbers and the clock. Log: log.py; checkpoints: checkpoint.py.
+# Bad numbers
 
 class Watch:
     """Looks at each step's loss and gradients on their device, and reads what it saw a step later.
@@ -1169,26 +716,41 @@ class Watch:
             event.synchronize()
         if not seen.isfinite().all():
             self.bad += 1
-            loss = float(seen[0])
-            bad = [name for name, size in zip(names, seen[3:]) if not size.isfinite()]
-            what = f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
-            if not math.isfinite(loss):
-                what = checkpoint.bad_weights(self.weights) or f"the training loss is {loss}"
+            what = checkpoint.bad_numbers(self.weights, names, seen[0], seen[3:])
             if self.bad > self.allowed:
-                refuse_numbers(step, what, self.saved)
+                checkpoint.refuse_numbers(step, what, self.saved)
             self.say(f"note: step {step} had no gradient: {what}; {self.bad} of at most "
                      f"{self.allowed} such steps")
         self.told = seen[1:3].tolist()
 
 
-def refuse_numbers(step: int, what: str, saved: int | None):
-    last = "there is no checkpoint" if saved is None else f"the last good one is of step {saved}"
-    raise SystemExit(f"step {step}: {what}: lower the learning rates. No checkpoint was "
-                     f"overwritten, {last}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Train
+
+def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (B, T + 1) -> inputs, targets, each (B, T): a token predicts the next.
+
+    Targets behind the end of a padded document are -1; as inputs they are any token.
+    """
+    return rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+
+def stream(batches, device: torch.device, start: int = 0):
+    """Steps, forever: [(inputs, targets, weight of its loss)], targets predicted by all processes.
+
+    A thread prepares the next step while this one runs.
+    """
+    pin = device.type == "cuda"
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(prepare, batches, start, pin)
+        for step in count(start + 1):
+            parts, predictions = ready.result()
+            ready = pool.submit(prepare, batches, step, pin)
+            micro_batches = []
+            for rows, weight in parts:
+                micro_batches.append((*shifted(rows.to(device, non_blocking=True)), weight))
+            yield micro_batches, predictions
+
 
 @torch.no_grad()
 def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: int) -> float:
@@ -1204,92 +766,16 @@ def evaluate(forward, windows, n: int, device: torch.device, rank: int, world: i
         rows = fill(windows.read(range(first, min(first + B, n))), B)
         inputs, targets = shifted(torch.from_numpy(rows).to(device))
         total += forward(inputs, targets).cpu().double() * (targets >= 0).sum().cpu()
-    if world > 1:
-        total = total.to(device)
-        dist.all_reduce(total)
-    return total.item() / windows.targets(n)
-
-
-def hit_rate(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
-    """idx and targets (B, T) -> share of the targets that are the model's likeliest token, ()."""
-    hits = 0
-    # Whole logits: of some 4,096 tokens at a time.
-    rows = max(1, 4096 // idx.size(1))
-    for inputs, wanted in zip(idx.split(rows), targets.split(rows)):
-        hits = hits + (model(inputs).argmax(-1) == wanted).sum()
-    return hits / (targets >= 0).sum()
+    return sum_over_processes(total, device, world) / windows.targets(n)
 
 
 def new_model(cfg: Config, device: torch.device) -> GPT:
-    """GPT on a device, weights drawn on the CPU: a seed means the same everywhere.
+    """GPT on a device; on the meta device it has no weights.
 
-    On the meta device it has no weights. SystemExit with one line for sizes that a part refuses, or
-    that the machine cannot hold, where it would otherwise fill up until the system kills.
+    SystemExit with one line for sizes or rates that a part refuses, or that the machine cannot
+    hold.
     """
-    try:
-        with torch.device("meta"):
-            model = GPT(cfg)
-        check_rates(cfg, roles(model))
-        if device.type == "meta":
-            return model
-        # Gradients, too, where they are in the same memory.
-        copies = 1 if device.type == "cuda" else 2
-        if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
-            raise MemoryError
-        with torch.device("cpu"):
-            return GPT(cfg).to(device)
-    except ValueError as e:
-        raise SystemExit(str(e)) from None
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        raise SystemExit("the model does not fit into this machine's memory: make it smaller "
-                         "(--estimate says what it takes)") from None
-
-
-def compiles(cfg: Config, device: torch.device) -> bool:
-    return device.type == "cuda" if cfg.compile is None else cfg.compile
-
-
-def estimate(cfg: Config, batches, vocab: int, device: torch.device, precision) -> str:
-    """The text of --estimate; `vocab` is that of the shards. Nothing is computed or allocated."""
-    model = new_model(cfg, torch.device("meta"))
-    table = roles(model)
-    memory = memory_estimate(cfg, GPT, batches.shapes(), table, OPTIMS[cfg.optim][0], precision,
-                             compiles(cfg, device), device)
-    return "\n".join([report(cfg, model, table, memory, device, batches, vocab), *ramp_notes(cfg)])
-
-
-def compiled(model: GPT, shapes, val_shapes, device: torch.device, autocast, say):
-    """-> the model compiled for these shapes (rows, tokens a row), forward and backward; pieces.
-
-    Nothing compiles later, inside the clock: a shape has a graph of its own in training and in
-    validation. Two passes each, for the first runs in another state of torch's dispatcher, which
-    the loss's inner graph is compiled for, too. Where memory is short, micro-batches are cut into
-    pieces.
-    """
-    def batch(rows, width):
-        return shifted(torch.zeros(rows, width + 1, dtype=torch.long, device=device))
-
-    # Graphs of one function: from torch's eighth on it would run uncompiled.
-    torch._dynamo.config.recompile_limit = 64
-    forward = torch.compile(model, dynamic=False, backend=compiler())
-    before = 0
-    pieces = 1
-    # Again from the first shape where a later one had to be cut.
-    while pieces != before:
-        before = pieces
-        for shape in shapes:
-            for _ in range(2):
-                _, pieces = backward(forward, model, [(*batch(*shape), 1.0)], pieces, autocast, say)
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    with torch.no_grad():
-        for shape in val_shapes:
-            for _ in range(2):
-                forward(*batch(*shape))
-    model.train()
-    return forward, pieces
+    return machine.new_model(GPT, cfg, device, lambda gpt: optim.check_rates(cfg, roles(gpt)))
 
 
 def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say, buckets=None):
@@ -1312,12 +798,7 @@ def backward(forward, model: GPT, micro_batches, pieces: int, autocast, say, buc
                 loss = loss + part.detach()
             return loss, pieces
         except (MemoryError, RuntimeError) as e:
-            most = max(len(x) for x, _, _ in micro_batches)
-            if not is_out_of_memory(e):
-                raise
-            if pieces >= most:
-                raise SystemExit("a single row does not fit into memory: lower --sequence_length, "
-                                 "take a smaller model, or --recompute block") from None
+            machine.refuse_smaller(e, pieces, rows=max(len(x) for x, _, _ in micro_batches))
         # Outside the except clause, whose traceback holds the tensors of the failed pass.
         pieces *= 2
         model.zero_grad(set_to_none=True)
@@ -1336,17 +817,6 @@ def cut(x: Tensor, y: Tensor, pieces: int):
     return [piece for piece in zip(x.chunk(pieces), y.chunk(pieces), shares) if piece[2]]
 
 
-def change_of_rate(state, cfg: Config) -> str:
-    """What another num_iterations does to the rate at the step where the run goes on."""
-    step = state["step"]
-    known = {f.name for f in fields(Config)}
-    before = Config(**{name: value for name, value in state["config"].items() if name in known})
-    shares = [SCHEDULES[c.schedule][0](step, c) for c in (before, cfg)]
-    if shares[0] == shares[1]:
-        return ""
-    return f"; the learning rate goes from {shares[0]:.3f} of its peak to {shares[1]:.3f}"
-
-
 def main(cfg: Config) -> float | None:
     """Train as cfg says and return the final validation loss in nats per token.
 
@@ -1354,124 +824,79 @@ def main(cfg: Config) -> float | None:
     impossible sizes. With --estimate it prints and returns None. A first SIGINT, SIGTERM, SIGHUP,
     SIGUSR1 or SIGXCPU ends the run behind its step, saved, with exit code 128 + signal.
     """
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         return train(cfg, signals)
 
 
 def train(cfg: Config, signals) -> float | None:
     rank, local_rank, world = process_numbers()
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not cfg.resume:
-        cfg = replace(cfg, resume="auto")            # torchrun has replaced what was killed
-    device = pick_device(cfg.device, local_rank, only_told=cfg.estimate)
-    precision = pick_precision(cfg.dtype, device)
+    if restarted() and not cfg.resume:
+        cfg = replace(cfg, resume="auto")
+    device = machine.pick_device(cfg.device, local_rank, only_told=cfg.estimate)
+    precision = machine.pick_precision(cfg.dtype, device)
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
 
     # Data, and every check of flags and data before any weights
-    shards, val_shards, vocab = open_data(cfg)
-    cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab)
-    make_batches, knobs = BATCHES[cfg.batches]
-    if "document_token" in knobs:
-        cfg = replace(cfg, document_token=document_token(cfg, shards, vocab))
-    batches = make_batches(shards, cfg, rank, world)
-    val_batches = make_batches(val_shards, cfg, shuffle=False)
-    val_n = val_batches.first(cfg.val_tokens)
-    text_bytes = bytes_a_token(val_shards)
+    cfg, data = open_batches(cfg, BATCHES[cfg.batches], rank, world)
+    batches, val_batches, val_n = data[:3]
     if cfg.estimate:
-        print(estimate(cfg, batches, vocab, device, precision))
+        model = new_model(cfg, torch.device("meta"))
+        print(estimate(cfg, model, roles(model), OPTIMS[cfg.optim][0], data, device, precision))
         return None
 
     # Processes, model, optimizers, log
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        join_processes(device, rank, world)
-    checksums = checkpoint.by_first(lambda: {p: checksum(p) for p in shards | val_shards}, rank)
-    data = {"training": [checksums[path] for path in shards],
-            "validation": [checksums[path] for path in val_shards]}
-    state, path = checkpoint.resumed(cfg, data, rank)
+    join_processes(device, rank, world)
+    checksums = checkpoint.by_first(data.checksums, rank)
+    state, path = checkpoint.resumed(cfg, data.identity(checksums), rank)
     torch.manual_seed(cfg.seed)
     model = new_model(cfg, device)
     started = start_from(cfg, model) if cfg.init_from and not state else ""
     torch.manual_seed(cfg.seed + rank)               # dropout is drawn apart in every process
     table = roles(model)
     optimizers = build_optimizers(cfg, model)
-    n_params = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(table, model.blocks, cfg.sequence_length)
-    peak_flops = device_peak_flops(device, cfg.peak_flops)
-    log = None
+    mfu = utilisation(cfg, table, model, device, world)
+    say = log = NoLog()
     if rank == 0:
-        if path:
-            checkpoint.sweep(path.parent)
-        facts = environment(device, world, checksums, precision, compiles(cfg, device))
-        log = Log(cfg, facts, path.parent if path else None, state["step"] if state else 0)
+        facts = machine.environment(device, world, checksums, precision, compiles(cfg, device))
+        say = log = Log(cfg, facts, path.parent if path else None, state["step"] if state else 0)
 
-    def say(line):
-        if log:
-            log(line)
-
-    length = f"{cfg.minutes:g} minutes of steps" if cfg.minutes else f"{cfg.num_iterations:,} steps"
-    say(f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
-        f"{batches.per_step:,} tokens, validated on {val_batches.targets(val_n):,} tokens")
-    for line in filter(None, (started, *ramp_notes(cfg))):
+    for line in opening(cfg, data, model, device, world, started, path):
         say(line)
-    if cfg.resume and not path:
-        say("note: nothing to go on from fits these flags and these data: a new run")
 
     # Compilation, outside the clock
-    if hasattr(torch._functorch.config, "backward_pass_autocast"):
-        # Else the backward of an fp32 island that is compiled under autocast runs in bf16.
-        torch._functorch.config.backward_pass_autocast = "off"
     forward = model
-    clock = Clock(device)
+    clock = machine.Clock(device)
     pieces = 1                                       # of a micro-batch, where memory asks for it
     if compiles(cfg, device):
-        val_shapes = [(cfg.val_batch_size, int(width)) for width in val_batches.widths]
-        say(f"compiles for {len(batches.shapes()) + len(val_shapes)} shapes, outside the clock")
-        forward, pieces = compiled(model, batches.shapes(), val_shapes, device, autocast, say)
-        for reason in graph_breaks():
-            say(f"note: not compiled as a whole: {reason}")
+        forward, pieces = compiled(model, backward, shifted, *data.shapes(), device, autocast, say)
         torch.manual_seed(cfg.seed + rank)           # as if nothing had been drawn
-    compile_time = clock.stop()
-    buckets = Buckets(model) if world > 1 else None
 
-    # Where the run stands: all that a checkpoint holds besides weights, optimizers, random numbers
+    # Where the run stands
     start = 0
-    at = dict(tokens=0, seconds=0.0, compile_seconds=compile_time, best=math.inf, reached=None)
-    if state:
-        at |= state["progress"]
-        at["compile_seconds"] += compile_time
+    at = checkpoint.progress(state, clock.stop())
+    buckets = Buckets(model) if world > 1 else None
     watch = Watch(model, cfg.skip_bad_steps, at["seconds"], say)
     if state:
         start = watch.saved = state["step"]
         checkpoint.restore(state, model, optimizers, device, rank, world)
-        say(f"goes on from step {start} of {path}" + change_of_rate(state, cfg))
+        say(f"goes on from step {start} of {path}" + optim.change_of_rate(state, cfg, SCHEDULES))
         state = None                                 # its memory is given back
 
     def save(step, best=False):
-        """By all processes: one writes. A failure is told and the run goes on."""
+        """By all processes: one writes."""
         watch.flush()
         random = checkpoint.random_state(device)
         if rank:
             return
-        if bad := checkpoint.bad_weights(watch.weights):
-            refuse_numbers(step, bad, watch.saved)
-        try:
-            if watch.saved != step:
-                checkpoint.keep_old(log.dir, watch.saved, cfg.keep)
-                checkpoint.write(log.dir / checkpoint.LAST, dict(
-                    model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
-                    tokenizer=tokenizer_of(vocab),
-                    optimizers=[opt.state_dict() for opt in optimizers], random=random, data=data))
-                watch.saved = step
-            if best:
-                checkpoint.link(log.dir / checkpoint.LAST, log.dir / checkpoint.BEST)
-        except OSError as e:
-            say(f"note: the checkpoint of step {step} could not be saved ({e}); the run goes on, "
-                f"the last one is of step {watch.saved}")
+        content = dict(
+            model=model.state_dict(), config=asdict(cfg), step=step, progress=dict(at),
+            tokenizer=tokenizer_of(data.vocab), data=data.identity(checksums), random=random,
+            optimizers=[opt.state_dict() for opt in optimizers])
+        checkpoint.save(log.dir, content, watch, cfg.keep, best, say)
 
     signals.listen()
     steps = stream(batches, device, start)
-    clock = Clock(device, at["seconds"])
+    clock = machine.Clock(device, at["seconds"])
     for step in count(start):
         where = place(step, watch.told[1], cfg)
         last = where >= cfg.num_iterations
@@ -1491,13 +916,9 @@ def train(cfg: Config, signals) -> float | None:
             model.eval()
             val_loss = evaluate(forward, val_batches, val_n, device, rank, world)
             model.train(not last)
-            bits = per_byte(val_loss, text_bytes)
-            if log:
-                log.step(steps_in_all, "".join(f" {k}:{v:.4f}" for k, v in bits.items()),
-                         step=step, tokens=at["tokens"], seconds=seconds, val_loss=val_loss, **bits)
-                log.draw()
-            if not math.isfinite(val_loss):
-                refuse_numbers(step, f"the validation loss is {val_loss}", watch.saved)
+            bits = per_byte(val_loss, data.text_bytes)
+            log.validation(step, steps_in_all, at["tokens"], seconds, val_loss, bits)
+            checkpoint.check_loss(step, val_loss, watch.saved)
             if at["reached"] is None and val_loss <= cfg.target_val_loss:
                 at["reached"] = seconds
             if val_loss < at["best"]:
@@ -1514,7 +935,9 @@ def train(cfg: Config, signals) -> float | None:
         micro_batches, predictions = next(steps)
         train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say,
                                       buckets)
-        told = torch.tensor([float(signals.caught), clock.now()], pin_memory=device.type == "cuda")
+        # The clock's time without waiting for the device: at most a step behind.
+        seconds = clock.total + perf_counter() - clock.since
+        told = torch.tensor([float(signals.caught), seconds], pin_memory=device.type == "cuda")
         told = told.to(device, non_blocking=True)
         if buckets:
             buckets.average([train_loss, told])
@@ -1530,27 +953,21 @@ def train(cfg: Config, signals) -> float | None:
         if watch.told[0] and place(step + 1, watch.told[1], cfg) < cfg.num_iterations:
             at["seconds"] = clock.stop()
             save(step + 1)
-            number = signals.caught or signal.SIGTERM    # another process may have caught it
-            say(f"stopped by {signal.Signals(number).name} after step {step + 1}, the last "
-                f"checkpoint is of step {watch.saved}: go on with --resume {log and log.dir}")
             steps.close()
-            raise SystemExit(128 + number)
+            signals.leave(step + 1, watch.saved, log)
 
         # Tell
         logged = (step + 1) % cfg.train_loss_every == 0
-        if log and (logged or log.wants_progress()):
+        progress = log.tty and perf_counter() - log.shown > 1
+        if rank == 0 and (logged or progress):
             seconds = clock.stop()
             train_loss = float(train_loss)
             clock.start()
             rate = at["tokens"] / seconds
             if logged:
-                size = watch.gradient_norm()
-                text = f" tok/s:{rate:.0f} grad_norm:{size:.3f}"
-                if peak_flops:
-                    text += f" mfu:{rate * flops / peak_flops / world:.3f}"
-                log.step(steps_in_all, text, step=step + 1, tokens=at["tokens"], seconds=seconds,
-                         train_loss=train_loss, gradient_norm=size, tokens_per_second=rate,
-                         learning_rate=rate_share(where, cfg) * cfg.learning_rate)
+                log.training(step + 1, steps_in_all, at["tokens"], seconds, train_loss,
+                             watch.gradient_norm(), rate_share(where, cfg) * cfg.learning_rate,
+                             mfu(rate))
             if log.tty:
                 left = seconds / (step + 1) * (steps_in_all - step - 1)
                 log.progress(step + 1, steps_in_all, train_loss, rate, left)
@@ -1560,22 +977,12 @@ def train(cfg: Config, signals) -> float | None:
     if len(val_batches) >= 10 * val_n:
         loss = evaluate(forward, val_batches, 10 * val_n, device, rank, world)
         say(f"val_loss on {val_batches.targets(10 * val_n):,} tokens:{loss:.4f}")
-        if not math.isfinite(loss):
-            refuse_numbers(step, f"the validation loss is {loss}", watch.saved)
-    target = ""
-    if cfg.target_val_loss:
-        when = "never" if at["reached"] is None else f"{at['reached']:.1f}s"
-        target = f"time_to_{cfg.target_val_loss}:{when} "
-    say(f"final val_loss:{val_loss:.4f} params:{n_params} tokens:{at['tokens']} "
-        f"train_time:{clock.total:.1f}s with_compile:{clock.total + at['compile_seconds']:.1f}s "
-        f"{target}peak_memory:{peak_memory(device)}")
+        checkpoint.check_loss(step, loss, watch.saved)
+    say(summary(cfg, val_loss, model, at, clock.total, machine.peak_memory(device)))
     accuracy = evaluate(partial(hit_rate, model), val_batches, val_n, device, rank, world)
-    if log:
-        log.close(dict(loss=val_loss, perplexity=math.exp(min(val_loss, 700)), accuracy=accuracy,
-                       **bits))
-    if world > 1:
-        dist.destroy_process_group()
-    if log and watch.saved != step:
+    log.close(results(val_loss, accuracy, bits))
+    leave_processes(world)
+    if rank == 0 and watch.saved != step:
         raise SystemExit(f"the trained weights could not be saved to {log.dir}")
     return val_loss
 

@@ -50,7 +50,7 @@ def hub():
 
 def defect(path):
     """What is wrong with a shard, or None."""
-    from shards import open_shard
+    from support.shards import open_shard
     try:
         open_shard(path)
     except SystemExit as why:

@@ -368,7 +368,7 @@ def estimate(held_out, stream, spelled, args):
 class ShardWriter:
     """A stream of tokens -> STEM_000001.bin and so on, each of `shard_tokens` tokens."""
     def __init__(self, stem, number, vocab_size, shard_tokens, spelled):
-        from shards import BYTE_VOCAB, FORMATS
+        from support.shards import BYTE_VOCAB, FORMATS
         self.dtype = np.uint16 if vocab_size <= 65535 else np.uint32
         self.magic, self.version = next(
             (m, v) for m, (v, dtype) in FORMATS.items() if dtype == self.dtype

@@ -29,7 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import command
-from machine import device_name, pick_device
+from support.machine import device_name, pick_device
 from tests.runs import RECIPES, recipe
 from train_gpt2 import GPT, build_optimizers, parse
 

@@ -14,9 +14,9 @@ from statistics import fmean
 
 from data.tasks import localise
 from data.text import QUIET
-from flags import near
 from share.likelihood import kept, score, write
-from machine import first_line
+from support.flags import near
+from support.machine import first_line
 
 # Draws of lm-eval's bootstrap, for metrics that are no means.
 BOOTSTRAP = 1000

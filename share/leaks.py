@@ -24,9 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from flags import Parser
 from share.strangers import (NOISE, Least, Stranger, Trouble, from_source, from_transformers,
                              read_kwargs, result, said, settle)
+from support.flags import Parser
 from tests.checks import apart, awake
 
 # Tokens of the learned check, its windows, steps and seconds; more standard errors are a leak.

@@ -10,7 +10,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from decode import Context, generate
+from support.decode import Context, generate
 from train_gpt2 import GPT
 
 # Tokens whose logits exist at a time: 200 MB with GPT-2's vocabulary.
@@ -100,7 +100,8 @@ def write(model: GPT, tokenizer, requests, batch_size: int, tell=lambda done, of
 def kept(T: int, n: int) -> int:
     """How many of its last tokens a prompt keeps where n follow.
 
-    lm-eval's hf model has T - n. Here at least T/2: decode.py says how a text grows beyond T.
+    lm-eval's hf model has T - n. Here at least T/2: support/decode.py says how a text grows beyond
+    T.
     """
     return max(T - n, T // 2, 1)
 

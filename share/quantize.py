@@ -16,9 +16,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from decode import Context, generate
 from parts import Linear
-from shards import open_data, tokenizer_of
+from support.decode import Context, generate
+from support.shards import open_data, tokenizer_of
 from train_gpt2 import GPT, Windows, evaluate
 
 # What the loss, and what the speed is measured on.

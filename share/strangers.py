@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flags import near
-from machine import first_line
+from support.flags import near
+from support.machine import first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where modules of ours are; an environment may lie below ROOT, too.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import processes
-from shards import open_shards
+from support import processes
+from support.shards import open_shards
 from tests.checks import small
 from train_gpt2 import GPT, ROOT, Config, Windows, evaluate, main
 

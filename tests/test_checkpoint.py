@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import log
 import sample
-import train_gpt2
-from shards import open_shards
+from support import checkpoint, log
+from support.compile import compiled
+from support.shards import open_shards
+from support.signals import Signals
 from tests.runs import TINY, knobs_of, steps, train, weights
+import train_gpt2
 from train_gpt2 import GPT, ROOT, Config, main
 
 TRAIN = dict(TINY, num_iterations=8, val_loss_every=4, save_every=2, train_loss_every=1)
@@ -259,7 +260,7 @@ def signals():
     numbers = [getattr(signal, name) for name in names]
     before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         signals.listen()
         yield signals
     assert all(signal.getsignal(number) == signal.SIG_DFL for number in numbers
@@ -631,7 +632,7 @@ def test_a_model_larger_than_the_machine_is_refused_before_a_weight_is_drawn(sha
 
     real = GPT.__init__
     monkeypatch.setattr(GPT, "__init__", __init__)
-    monkeypatch.setattr(train_gpt2, "host_memory", lambda: 200_000)
+    monkeypatch.setattr("support.machine.host_memory", lambda: 200_000)
     with pytest.raises(SystemExit, match="does not fit into this machine's memory"):
         run(tmp_path, **shards)
     assert not list(tmp_path.iterdir())
@@ -816,7 +817,9 @@ def test_an_odd_environment_is_one_line(shards, tmp_path, monkeypatch, env, word
 
 def test_a_process_that_never_comes_is_one_line():
     # Behind init_process_group torch._dynamo would leave threads: join_processes says more.
-    code = ("import processes, datetime, sys; processes.JOIN = datetime.timedelta(seconds=2)\n"
+    code = ("import datetime, sys\n"
+            "from support import processes\n"
+            "processes.JOIN = datetime.timedelta(seconds=2)\n"
             "join = processes.dist.init_process_group\n"
             "def joins(*args, **more):\n"
             "    assert 'torch._dynamo' in sys.modules\n"
@@ -862,8 +865,7 @@ def test_a_shape_cut_late_is_compiled_from_the_first(shards, tmp_path, monkeypat
         seen.append((rows, pieces))
         return torch.zeros(()), max(pieces, 2 if rows == 4 else 1)
 
-    monkeypatch.setattr(train_gpt2, "backward", backward)
     monkeypatch.setattr(torch, "compile", lambda model, **options: lambda x, y: None)
-    _, pieces = train_gpt2.compiled(GPT(Config(vocab_size=24)), [(2, 8), (4, 8)], [],
-                                    torch.device("cpu"), None, None)
+    _, pieces = compiled(GPT(Config(vocab_size=24)), backward, train_gpt2.shifted,
+                         [(2, 8), (4, 8)], [], torch.device("cpu"), None, lambda line: None)
     assert pieces == 2 and {(2, 2), (4, 2)} <= set(seen)

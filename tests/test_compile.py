@@ -42,7 +42,7 @@ def fresh_dynamo(monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **options | dict(backend="eager")))
     # Two widths do for a test.
-    monkeypatch.setattr("documents.WIDTHS", 2)
+    monkeypatch.setattr("support.documents.WIDTHS", 2)
     yield
     torch._dynamo.reset()
     kernels.compiled_chunk.cache_clear()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from machine import checksum
-from shards import open_data, open_shard, open_shards
+from support.machine import checksum
+from support.shards import open_data, open_shard, open_shards
 from train_gpt2 import Windows, stream
 
 
@@ -137,7 +137,7 @@ def test_a_shard_is_used_once(tmp_path, again, old, new, why):
 
 def test_only_shards_that_begin_alike_are_read_whole(tmp_path, monkeypatch):
     sums = []
-    monkeypatch.setattr("shards.checksum", lambda path: sums.append(path) or checksum(path))
+    monkeypatch.setattr("support.shards.checksum", lambda path: sums.append(path) or checksum(path))
     for i, name in enumerate(("a_train", "b_train", "a_val", "b_val")):
         write(tmp_path / f"{name}.bin", [i, *[1] * 40_000])
     data(tmp_path)

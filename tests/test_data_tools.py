@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(DATA)]
 import fineweb  # noqa: E402  (data/ is no package: its scripts are run, not installed)
 import text as tool  # noqa: E402
 from data import command  # noqa: E402
-from shards import open_data, open_shard  # noqa: E402
+from support.shards import open_data, open_shard  # noqa: E402
 from train_gpt2 import parse  # noqa: E402
 
 EOT = 50256

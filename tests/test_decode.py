@@ -1,4 +1,4 @@
-"""decode.py: states against forward, the window, and what tokens are drawn with."""
+"""support/decode.py: states against forward, the window, and what tokens are drawn with."""
 import itertools
 import math
 from functools import partial
@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-import decode
-from decode import Context, generate
+from support import decode
+from support.decode import Context, generate
 from tests.checks import apart, awake, small
 from train_gpt2 import GPT, MIXERS, Config
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention import CausalSelfAttention, NoHeadNorm
+from attention import CausalSelfAttention
 from diff import DiffAttention, DiffAttentionV2, diff_naive
-from parts import CoLA
+from parts import CoLA, NoHeadNorm
 from tests.published import masked
 from tests.checks import C, apart, awake, batch, jacobian, noise, prefix, pure
 from train_gpt2 import GPT, Config, roles

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from attention import flex, visible
-from documents import Padded, best_widths, document_token
+from support.documents import Padded, best_widths, document_token
 from tests.checks import awake
 from train_gpt2 import GPT, MIXERS, Config, Packed, build, main, parse
 
@@ -181,7 +181,7 @@ def test_an_epoch_of_padded_batches_predicts_every_token_once():
 @pytest.mark.parametrize("lengths", [(64,), (3, 3, 9), range(1, 65), (1, 9, 9, 17, 30, 41, 64)])
 @pytest.mark.parametrize("widths", [1, 2, 3, 6])
 def test_widths_pad_as_little_as_any_so_many_can(lengths, widths, monkeypatch):
-    monkeypatch.setattr("documents.WIDTHS", widths)
+    monkeypatch.setattr("support.documents.WIDTHS", widths)
     lengths = np.array(lengths)
 
     def padded(chosen):

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-import machine
+from support import machine
 from tests.runs import train
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_windows_has_no_resource_module():
     """Everything imports without it, and no wrong figure is printed."""
     code = ("import sys; sys.modules['resource'] = None\n"
             "import torch, train_gpt2\n"
-            "print(train_gpt2.peak_memory(torch.device('cpu')))")
+            "print(train_gpt2.machine.peak_memory(torch.device('cpu')))")
     done = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True,
                           text=True)
     assert done.stdout == "unknown\n", done.stderr

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import estimate
-from estimate import count_activations
+from support import estimate
+from support.estimate import count_activations
+from support.optim import MATRICES
 from tests.checks import small
 from tests.runs import RECIPES, recipe
-from train_gpt2 import (GPT, MATRICES, MIXERS, OPTIMS, Config, build_optimizers, main, parse,
-                        roles)
+from train_gpt2 import GPT, MIXERS, OPTIMS, Config, build_optimizers, main, parse, roles
 
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=50, sequence_length=16, mixer="attn")
 

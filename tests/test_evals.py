@@ -13,17 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import evals
-from share import harness
-from checkpoint import write as write_checkpoint
 from data import tasks
 from data.text import gpt2_encoding
-from decode import Context, generate
-from share.likelihood import cut, kept, pieces, score, write
+import evals
 from sample import make_tokenizer
-from shards import open_data
+from share import harness
+from share.likelihood import cut, kept, pieces, score, write
+from support.batches import Windows
+from support.checkpoint import write as write_checkpoint
+from support.decode import Context, generate
+from support.shards import open_data
 from tests.checks import awake, small
-from train_gpt2 import GPT, Config, Windows, shifted
+from train_gpt2 import GPT, Config, shifted
 
 T = 32
 V = 256

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import export
-import exported
 import sample
-from checkpoint import write
-from decode import Context, generate
-from share.quantize import Int8GPT, compare, weight_bytes
 from sample import make_tokenizer
+from share.quantize import Int8GPT, compare, weight_bytes
+from support import exported
+from support.checkpoint import write
+from support.decode import Context, generate
 from tests.checks import awake, small
 from tests.runs import steps, train
 from train_gpt2 import GPT, Config, parse

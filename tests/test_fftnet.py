@@ -15,11 +15,10 @@ from fftnet import (
     FilterBank,
     modrelu,
     rotate,
-    running_mean,
     running_spectrum,
     running_spectrum_naive,
 )
-from parts import CoLA
+from parts import CoLA, running_mean
 from tests.checks import C as WIDTH
 from tests.checks import apart, awake, batch, jacobian, prefix
 from train_gpt2 import GPT, Config, roles

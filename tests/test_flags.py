@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from estimate import flops_per_token
-from flags import PER_LAYER
-from machine import device_name, device_peak_flops
-from shards import open_data
-from train_gpt2 import (AXES, CHOICES, GPT, MIXERS, ROOT, Config, main, new_model, parse, ramp_notes,
-                        roles)
+from support.estimate import flops_per_token
+from support.flags import PER_LAYER
+from support.machine import device_name, device_peak_flops
+from support.optim import ramp_notes
+from support.shards import open_data
+from train_gpt2 import (AXES, CHOICES, GPT, MIXERS, ROOT, Config, main, new_model, parse, roles)
 
 # small enough for any machine, should a run start that must not
 SMALL = [

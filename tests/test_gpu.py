@@ -8,10 +8,9 @@ from torch._dynamo.utils import counters
 import attention
 import train_gpt2
 from afno import AFNO
-from kernels import fft_conv, linear_cross_entropy, toeplitz_conv
+from kernels import fft_conv, linear_cross_entropy, newton_schulz, toeplitz_conv
 from tests.checks import apart, awake
-from train_gpt2 import (GPT, MIXERS, Config, build_optimizers, main, newton_schulz,
-                        set_schedule)
+from train_gpt2 import GPT, MIXERS, Config, build_optimizers, main, set_schedule
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,9 +15,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-import log
-from log import METRICS, Log, per_byte, short
-from shards import bytes_a_token, open_shards
+from support import trackers
+from support.log import METRICS, Log, short
+from support.metrics import per_byte
+from support.shards import bytes_a_token, open_shards
 from tests.runs import checkpoint_loss, steps, train, weights
 from train_gpt2 import GPT, Config, Watch, Windows, main, place, rate_share
 
@@ -254,12 +255,12 @@ def test_trackio(shards, tmp_path, monkeypatch):
             monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
     assert utils.TRACKIO_DIR == tmp_path / "trackio"
     train(tmp_path / "logs", **shards, **SETTINGS, log="trackio")
-    rows = SQLiteStorage.get_logs(log.PROJECT, "it")
+    rows = SQLiteStorage.get_logs(trackers.PROJECT, "it")
     read = [row["train_loss"] for row in rows if "train_loss" in row]
     assert read == pytest.approx(steps(tmp_path / "logs" / "it", "train"), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", log.TRACKERS)
+@pytest.mark.parametrize("name", trackers.TRACKERS)
 def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch, name):
     for module in [key for key in sys.modules if key.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
@@ -285,7 +286,7 @@ def test_a_tracker_that_breaks_ends_no_run(shards, tmp_path, monkeypatch, capsys
         def close(self):
             raise AssertionError("closed")
 
-    monkeypatch.setitem(log.TRACKERS, "wandb", Broken)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Broken)
     loss, folder = train(tmp_path, **shards, log="wandb")
     told = capsys.readouterr().out
     assert told.count("note: nothing more is written to wandb (the network is gone)") == 1

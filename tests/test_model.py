@@ -8,14 +8,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
-from attention import CausalSelfAttention, GatedAttention, NoHeadNorm, Rotary
-from kernels import (BACKENDS, BANDED_UP_TO, FFT_FROM, DepthwiseCausalConv, FFTConv, NormedProduct, RMSNorm,
-                     ToeplitzConv, auto_conv, banded_conv, fastest_conv, fft_conv,
+from attention import CausalSelfAttention, GatedAttention, Rotary
+from kernels import (BACKENDS, BANDED_UP_TO, FFT_FROM, DepthwiseCausalConv, FFTConv, Muon, NormedProduct,
+                     RMSNorm, ToeplitzConv, auto_conv, banded_conv, fastest_conv, fft_conv,
                      toeplitz_conv)
-from parts import ShortConv, norm
+from parts import NoHeadNorm, ShortConv, norm
 from tests.checks import apart, awake, small
-from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, Muon, build,
-                        build_optimizers, roles)
+from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, build, build_optimizers,
+                        roles)
 
 PLAIN = dict(
     n_layer=2,

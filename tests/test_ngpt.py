@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import Muon
 from parts import Linear
-from train_gpt2 import Muon
 from ngpt import Scale, SphereResidual, unit, unit_weights
 from sample import load
 from tests.checks import SMALL, apart, awake, small

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from train_gpt2 import NS_COEFFICIENTS, Muon, newton_schulz
+from kernels import NS_COEFFICIENTS, Muon, newton_schulz
 from train_gpt2 import GPT, Config, build_optimizers, roles, set_schedule
 
 

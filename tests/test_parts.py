@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_gpt2
-from attention import CausalSelfAttention, NoHeadNorm, QKNorm, QKVNorm
-from parts import GPAS, GatedResidual, HybridNorm, PreNorm, hybrid_star
+from attention import CausalSelfAttention
+from parts import (GPAS, GatedResidual, HybridNorm, NoHeadNorm, PreNorm, QKNorm, QKVNorm,
+                   hybrid_star)
 from fan import FAN, FANMLP, FANLayer, fan_naive
 from parts import CoLA, Linear
 from kernels import linear_cross_entropy, softcap

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sample
-from checkpoint import write as write_checkpoint
+from support.checkpoint import write as write_checkpoint
 from tests.checks import awake
 from train_gpt2 import GPT, Config, main
 

@@ -9,12 +9,14 @@ import math
 import re
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoint
+import train_gpt2
+from support import checkpoint
 from tests.runs import STEP, TINY, checkpoint_loss, knobs_of, same_run, steps, train, weights
 from train_gpt2 import GPT, MIXERS, OPTIMS, ROOT, Config
 
@@ -43,13 +45,14 @@ def test_log_is_complete(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
     text = (folder / "log.txt").read_text()
     parts = (
-        "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels documents "
-        "flags machine processes shards log checkpoint"
+        "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels support/batches "
+        "support/flags support/machine support/processes support/shards support/log "
+        "support/checkpoint"
     )
     sources = gzip.decompress((folder / "sources.txt.gz").read_bytes()).decode()
     assert len(text) < 10_000 and text.startswith("=== config\n")
     for name in (f"{part}.py" for part in parts.split()):
-        assert f"=== source {Path(name).name}\n{(ROOT / name).read_text()}\n" in sources, name
+        assert f"=== source {name}\n{(ROOT / name).read_text()}\n" in sources, name
     config, env = (
         json.loads(re.search(rf"(?m)^=== {part}\n(.*)\n", text)[1]) for part in ("config", "env")
     )
@@ -209,6 +212,33 @@ def test_the_clock_stands_still_while_a_checkpoint_is_saved(shards, tmp_path, mo
     _, folder = train(tmp_path, **shards, save_every=1)
     seconds = FINAL.search((folder / "log.txt").read_text())[4]
     assert float(seconds) < 1.0                             # of the five savings' 2.5
+
+
+def test_a_step_enters_four_files(tmp_path, monkeypatch):
+    """Of the default run: trainer, mixer, parts and kernels, so a step is read in these.
+
+    In the main thread. A second one prepares the tokens of the next step in support/, and a step
+    that validates, saves or tells goes there, too.
+    """
+    entered = set()
+    starts = count()
+    set_schedule = train_gpt2.set_schedule
+
+    def look(frame, event, arg):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT) and path != Path(__file__):
+            entered.add(path.relative_to(ROOT).as_posix())
+
+    def watched(*args):
+        """A step starts here."""
+        sys.setprofile(look if next(starts) == 3 else None)
+        return set_schedule(*args)
+
+    monkeypatch.setattr(train_gpt2, "set_schedule", watched)
+    train_gpt2.main(Config(device="cpu", num_iterations=6, val_tokens=256, val_loss_every=0,
+                           output_dir=str(tmp_path)))
+    assert next(starts) == 6
+    assert entered == {"train_gpt2.py", "afno.py", "parts.py", "kernels.py"}
 
 
 # ---------------- the attention baseline does not move

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import checkpoint
-from machine import first_line
+from support import checkpoint
+from support.machine import first_line
 
 SETTINGS = "config.json"
 WEIGHTS = "model.safetensors"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from machine import checksum
+from support.machine import checksum
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 HEADER = 256
 FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}         # magic: (version, type)

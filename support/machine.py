@@ -6,19 +6,19 @@ import platform
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import torch
 
-from flags import choices
+from kernels import has_bf16
+from support.flags import choices
 
 try:
     import resource
 except ImportError:                                          # Windows has none
     resource = None
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 
 RTX_4090 = "NVIDIA GeForce RTX 4090"
 
@@ -75,16 +75,17 @@ def is_out_of_memory(e: BaseException) -> bool:
     return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e)
 
 
+def refuse_smaller(e: BaseException, pieces: int, rows: int):
+    """Raises e again where it is no lack of memory, SystemExit where no smaller piece is left."""
+    if not is_out_of_memory(e):
+        raise e
+    if pieces >= rows:
+        raise SystemExit("a single row does not fit into memory: lower --sequence_length, "
+                         "take a smaller model, or --recompute block") from None
+
+
 def is_available(kind: str) -> bool:
     return getattr(torch, kind).is_available()
-
-
-@cache
-def has_bf16(device: torch.device) -> bool:
-    """Of CUDA cards, those from Ampere on. One that is only told of is taken for such a card."""
-    if device.type != "cuda":
-        return False
-    return not is_available("cuda") or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -95,12 +96,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if has_bf16(device) else "fp32"
     return PRECISIONS[name]
-
-
-def graph_breaks() -> list[str]:
-    """Why torch.compile broke a graph in this process, one line a reason; none is as it should be.
-    """
-    return [reason.splitlines()[0] for reason in torch._dynamo.utils.counters["graph_break"]]
 
 
 def device_name(device: torch.device) -> str:
@@ -124,6 +119,34 @@ def host_memory() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return math.inf
+
+
+def new_model(make, cfg, device: torch.device, check):
+    """make(cfg) on a device, weights drawn on the CPU: a seed means the same everywhere.
+
+    On the meta device it has no weights. check(model) may raise ValueError, as make may: then this
+    is SystemExit with one line. So it is for sizes that the machine cannot hold, where it would
+    otherwise fill up until the system kills.
+    """
+    try:
+        with torch.device("meta"):
+            model = make(cfg)
+        check(model)
+        if device.type == "meta":
+            return model
+        # Gradients, too, where they are in the same memory.
+        copies = 1 if device.type == "cuda" else 2
+        if copies * sum(p.nbytes for p in model.parameters()) > host_memory():
+            raise MemoryError
+        with torch.device("cpu"):
+            return make(cfg).to(device)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        raise SystemExit("the model does not fit into this machine's memory: make it smaller "
+                         "(--estimate says what it takes)") from None
 
 
 def peak_memory(device: torch.device) -> str:
@@ -198,7 +221,8 @@ def own_sources() -> list[Path]:
     """The files of this repository that this program has imported, itself included."""
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     paths = {Path(file).resolve() for file in files if file}
-    return sorted(path for path in paths if path.parent in (ROOT, ROOT / "data") and path.is_file())
+    folders = ROOT, ROOT / "data", ROOT / "support"
+    return sorted(path for path in paths if path.parent in folders and path.is_file())
 
 
 class Clock:
@@ -210,10 +234,6 @@ class Clock:
 
     def start(self):
         self.since = time.perf_counter()
-
-    def now(self) -> float:
-        """Without waiting: at most a step behind."""
-        return self.total + time.perf_counter() - self.since
 
     def stop(self) -> float:
         if self.device.type != "cpu":

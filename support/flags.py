@@ -260,6 +260,16 @@ class Help(argparse.HelpFormatter):
         return super()._format_action_invocation(action)
 
 
+def readers(axes) -> dict[str, dict[str, list[str]]]:
+    """{field: {axis: the rows that read it}} of every field that only rows read."""
+    found = {}
+    for axis, table in axes.items():
+        for row, (_, arguments) in table.items():
+            for field in arguments.values():
+                found.setdefault(field, {}).setdefault(axis, []).append(row)
+    return found
+
+
 def help_text(f, comment: str, axes, knobs) -> str:
     """A field's comment, the rows of an axis, the rows that read a knob, and the default."""
     notes = []

@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import skips_masks
-from flags import listed
 from kernels import BACKENDS, default_chunk, fastest_conv
-from machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
-                     is_available)
+from support.compile import compiles
+from support.flags import listed
+from support.machine import (PEAK_FLOPS, RTX_4090, device_name, device_peak_flops, duration,
+                             is_available)
+from support.optim import ramp_notes
 
 
 def flops_per_token(roles, blocks, T: int) -> int:
@@ -26,6 +28,13 @@ def flops_per_token(roles, blocks, T: int) -> int:
     head = "head" if "head" in roles.values() else "embed"
     weights = sum(p.numel() for p, role in roles.items() if role in ("matrix", "proj", head))
     return 6 * weights + 3 * sum(block.mixer.flops(T) for block in blocks)
+
+
+def utilisation(cfg, roles, model, device: torch.device, world: int):
+    """-> the function of tokens a second that gives the MFU: a share, None for unknown devices."""
+    flops = flops_per_token(roles, model.blocks, cfg.sequence_length)
+    peak = device_peak_flops(device, cfg.peak_flops)
+    return lambda rate: rate * flops / peak / world if peak else None
 
 
 def matmul_flops(n: int = 1024, tries: int = 5) -> float:
@@ -231,3 +240,14 @@ def report(cfg, model, roles, memory: str, device: torch.device, data, vocab: in
     if not cfg.minutes:
         lines += [("time", text) for text in time_estimates(tokens, flops, device, cfg.peak_flops)]
     return "\n".join(f"{key:14} {text}" for key, text in lines)
+
+
+def estimate(cfg, model, roles, builder, data, device: torch.device, precision) -> str:
+    """The text of --estimate, for a model on the meta device: nothing is computed or allocated.
+
+    data: of open_batches; the rest as in memory_estimate.
+    """
+    memory = memory_estimate(cfg, type(model), data.batches.shapes(), roles, builder, precision,
+                             compiles(cfg, device), device)
+    lines = report(cfg, model, roles, memory, device, data.batches, data.vocab)
+    return "\n".join([lines, *ramp_notes(cfg)])

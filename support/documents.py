@@ -80,7 +80,7 @@ class Padded:
     `widths` as fit into batch_size * T tokens. Targets behind the end are -1, which no loss counts,
     and what stands there is not seen from before: any causal mixer will do.
 
-    The same interface as Windows in train_gpt2.py. Raises SystemExit where a step cannot be shared
+    The same interface as Windows in batches.py. Raises SystemExit where a step cannot be shared
     evenly, or nothing is there to predict.
     """
     mask_documents = False

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from machine import first_line
+from support.machine import first_line
 
 
 def process_numbers() -> tuple[int, int, int]:
@@ -26,18 +26,27 @@ def process_numbers() -> tuple[int, int, int]:
     return rank, numbers[1], world
 
 
+def restarted() -> bool:
+    """Has torchrun replaced what was killed?"""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 # How long processes wait for one another.
 JOIN = timedelta(minutes=10)
 
 
 def join_processes(device: torch.device, rank: int, world: int):
-    """SystemExit with one line where one of them does not come."""
+    """This process's device and, of several, the others. SystemExit where one does not come."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1 or dist.is_initialized():
+        return
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise SystemExit(f"WORLD_SIZE={world} in the environment, but no MASTER_ADDR and "
                          "MASTER_PORT: unset it, or start the run by torchrun")
     # Optimizers import it. If they do after init_process_group, something in it keeps the group:
     # its threads outlive destroy_process_group and now and then abort a process that ends well.
-    import torch._dynamo  # noqa: F401
+    from torch import _dynamo  # noqa: F401
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = {}
     try:
@@ -52,6 +61,19 @@ def join_processes(device: torch.device, rank: int, world: int):
     except RuntimeError as e:
         raise SystemExit(f"process {rank + 1} of {world}: the others did not come within "
                          f"{JOIN.seconds} s ({first_line(e)})") from None
+
+
+def leave_processes(world: int):
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(total: Tensor, device: torch.device, world: int) -> float:
+    """Of a number of each, which is on the CPU."""
+    if world > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item()
 
 
 @contextmanager

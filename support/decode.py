@@ -1,6 +1,7 @@
 """Decoding: what a model writes behind a prompt, token by token, several samples at once.
 
-The mixers' states are carried from token to token, and a prompt is one forward. A state holds T
+What Block and GPT of train_gpt2.py do with states stands first: no training run needs it. The
+mixers' states are carried from token to token, and a prompt is one forward. A state holds T
 tokens. Where a text grows longer, decoding starts anew from its last T/2 tokens, so the model sees
 T/2 to T of the past. Where a mixer has no step, the last T tokens are run for every token.
 
@@ -10,12 +11,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_gpt2 import GPT
+# --------------------------------------------------------------------------------------------------
+# The model, token by token
 
+class BlockDecoding:
+    """Of a Block: the states of its mixer and of the convolutions behind its branches."""
+    def init_state(self, B: int) -> tuple:
+        """The states before the first token: of the mixer, of the convolutions behind branches."""
+        return tuple(m.init_state(B) for m in (self.mixer, self.mixer_conv, self.mlp_conv))
+
+    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None):
+        """A prompt: forward's output, and the states behind it."""
+        x, h = self.norm.mixer(x)
+        y, state = self.mixer.prefill(h, v1, *self.seen(views))
+        x, h = self.join(x, self.mixer_conv(y))
+        z = self.mlp(h)
+        states = state, self.mixer_conv.state_behind(y), self.mlp_conv.state_behind(z)
+        return self.end(x, self.mlp_conv(z)), states
+
+    def step(self, x: Tensor, states: tuple, v1: Tensor | None = None, *docs: Tensor):
+        """One token, (B, C) and the states -> (B, C), the next states."""
+        state, behind_mixer, behind_mlp = states
+        x, h = self.norm.mixer(x)
+        y, state = self.mixer.step(h, state, v1, *docs)
+        y, behind_mixer = self.mixer_conv.step(y, behind_mixer)
+        x, h = self.join(x, y)
+        y, behind_mlp = self.mlp_conv.step(self.mlp(h), behind_mlp)
+        return self.end(x, y), (state, behind_mixer, behind_mlp)
+
+
+class Decoding:
+    """Of a GPT: the states of its blocks, the time, where the rows' documents start."""
+    def init_state(self, B: int):
+        """What decoding B rows starts from: the mixers' states, the time, the documents' starts."""
+        begin = next(self.parameters()).new_zeros(B, dtype=torch.long)
+        return [block.init_state(B) for block in self.blocks], 0, begin
+
+    def prefill(self, idx: Tensor):
+        """A prompt, idx (B, T), T >= 1 -> the logits behind it (B, V), the state behind it."""
+        at, views, begin = self.sight(idx)
+        states = []
+
+        def run(i, x, v1):
+            x, state = self.blocks[i].prefill(x, v1, views)
+            states.append(state)
+            return x
+
+        h = self.trunk(idx, at, run)
+        begin = torch.zeros_like(idx[:, 0]) if begin is None else begin[:, -1]
+        return self.logits(h[:, -1:])[:, 0], (states, idx.size(1), begin)
+
+    def step(self, idx: Tensor, state):
+        """One token, idx (B,) -> logits (B, V), the next state; the old one is used up.
+
+        The same numbers as forward's column t, at the cost of one column.
+        """
+        states, t, begin = state
+        states = list(states)
+        docs = ()
+        if self.mask_documents:
+            begin = torch.where(idx == self.cfg.document_token, t, begin)
+            docs = (begin,)
+
+        def run(i, x, v1):
+            if v1 is not None:
+                v1 = v1[:, 0]
+            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *docs)
+            return x[:, None]
+
+        h = self.trunk(idx[:, None], t - begin[:, None], run)
+        return self.logits(h)[:, 0], (states, t + 1, begin)
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts
 
 class Context:
     """B rows of tokens, and the model's state behind as many of them as it has seen."""
-    def __init__(self, model: GPT, rows: int):
+    def __init__(self, model, rows: int):
         mixers = [block.mixer for block in model.blocks]
         self.model = model
         self.device = next(model.parameters()).device

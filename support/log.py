@@ -10,9 +10,7 @@ Losses are in nats per token. A place that takes no more lines never ends a run.
 """
 import csv
 import gzip
-import importlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -20,12 +18,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from machine import duration, first_line, own_sources
+from support.machine import ROOT, device_name, duration, first_line, own_sources
+from support.optim import ramp_notes
+from support.trackers import open_tracker
 
 METRICS = ("step", "tokens", "seconds", "train_loss", "val_loss", "bits_per_byte", "learning_rate",
            "gradient_norm", "tokens_per_second")
-# What wandb and trackio group runs by
-PROJECT = "spectral-nanogpt"
 
 
 def new_folder(cfg, tries: int = 0) -> Path:
@@ -76,7 +74,7 @@ class Log:
 
     def keep_sources(self):
         """Beside those of the run's start where a run goes on with others."""
-        sources = "".join(f"=== source {path.name}\n{path.read_text()}\n"
+        sources = "".join(f"=== source {path.relative_to(ROOT).as_posix()}\n{path.read_text()}\n"
                           for path in own_sources()).encode()
         packed = gzip.compress(sources, mtime=0)
         kept = sorted(self.dir.glob("sources*.txt.gz"))
@@ -122,6 +120,23 @@ class Log:
         if sys.stdout:
             self.put(("\r\033[K" if self.tty else "") + line, sys.stdout, "stdout")
 
+    def training(self, step: int, steps: int, tokens: int, seconds: float, loss: float,
+                 gradient_norm: float, learning_rate: float, mfu: float | None):
+        """The line behind a step out of `steps`. mfu: share of the device's FLOP/s; None: unknown.
+        """
+        rate = tokens / seconds
+        text = f" tok/s:{rate:.0f} grad_norm:{gradient_norm:.3f}"
+        if mfu is not None:
+            text += f" mfu:{mfu:.3f}"
+        self.step(steps, text, step=step, tokens=tokens, seconds=seconds, train_loss=loss,
+                  gradient_norm=gradient_norm, tokens_per_second=rate, learning_rate=learning_rate)
+
+    def validation(self, step: int, steps: int, tokens: int, seconds: float, loss: float, bits):
+        """The line of a validation before a step, and the picture anew. bits: of per_byte."""
+        text = "".join(f" {name}:{value:.4f}" for name, value in bits.items())
+        self.step(steps, text, step=step, tokens=tokens, seconds=seconds, val_loss=loss, **bits)
+        self.draw()
+
     def step(self, steps: int, end: str, **values):
         """The line of a step out of `steps`, which ends in `end`, and its row of metrics.csv.
 
@@ -158,9 +173,6 @@ class Log:
         if sys.stdout:
             self.put(f"log and checkpoint: {self.dir}", sys.stdout, "stdout")
 
-    def wants_progress(self) -> bool:
-        return self.tty and time.perf_counter() - self.shown > 1
-
     def progress(self, step: int, steps: int, loss: float, rate: float, left: float):
         """A line that overwrites itself, on a terminal. rate: tokens a second; left: seconds."""
         # They are left out in this order where the terminal is narrow.
@@ -185,12 +197,43 @@ class Log:
         self.shown = time.perf_counter()
 
 
-def per_byte(loss: float, text_bytes: float | None) -> dict[str, float]:
-    """A loss in nats per token, in bits; nothing where nobody counted the text's bytes.
+class NoLog:
+    """In the place of a Log in all processes but the first: nothing is told."""
+    dir = None
+    tty = False
 
-    text_bytes: of the text, a token.
+    def __call__(self, *line, **values):
+        pass
+
+    validation = close = __call__
+
+
+def opening(cfg, data, model, device, world: int, started: str, path) -> list[str]:
+    """A run's first lines.
+
+    data: of open_batches; started: whose weights it starts from; path: the checkpoint it goes on
+    from, or None.
     """
-    return {"bits_per_byte": loss / math.log(2) / text_bytes} if text_bytes else {}
+    length = f"{cfg.minutes:g} minutes of steps" if cfg.minutes else f"{cfg.num_iterations:,} steps"
+    n_params = sum(p.numel() for p in model.parameters())
+    lines = [f"{n_params:,} parameters, {cfg.mixer}, {device_name(device)} x {world}, {length} of "
+             f"{data.batches.per_step:,} tokens, validated on "
+             f"{data.val_batches.targets(data.val_n):,} tokens", started, *ramp_notes(cfg)]
+    if cfg.resume and not path:
+        lines.append("note: nothing to go on from fits these flags and these data: a new run")
+    return [line for line in lines if line]
+
+
+def summary(cfg, loss: float, model, at: dict, seconds: float, memory: str) -> str:
+    """A run's last line. at: where it stands, as a checkpoint has it; seconds: of training."""
+    target = ""
+    if cfg.target_val_loss:
+        when = "never" if at["reached"] is None else f"{at['reached']:.1f}s"
+        target = f"time_to_{cfg.target_val_loss}:{when} "
+    n_params = sum(p.numel() for p in model.parameters())
+    return (f"final val_loss:{loss:.4f} params:{n_params} tokens:{at['tokens']} "
+            f"train_time:{seconds:.1f}s with_compile:{seconds + at['compile_seconds']:.1f}s "
+            f"{target}peak_memory:{memory}")
 
 
 def short(number: float) -> str:
@@ -227,54 +270,3 @@ def draw(rows: list[dict], folder: Path):
     axes.grid(axis="y", color="#e8e8e8")
     axes.legend(frameon=False)
     FigureCanvasAgg(figure).print_png(folder / "loss.png")
-
-
-# --------------------------------------------------------------------------------------------------
-# Trackers: packages that show runs in a browser, each of them optional
-
-class TensorBoard:
-    """Event files in the run's folder: tensorboard --logdir logs."""
-    def __init__(self, folder: Path, cfg):
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(folder)
-
-    def put(self, step: int, values: dict):
-        for name, value in values.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-
-    def close(self):
-        self.writer.close()
-
-
-class Board:
-    """wandb, and trackio, which has its interface. WANDB_MODE=offline needs no account."""
-    def __init__(self, package: str, folder: Path, cfg, **more):
-        self.package = importlib.import_module(package)
-        self.package.init(project=PROJECT, name=folder.name, config=asdict(cfg), **more)
-
-    def put(self, step: int, values: dict):
-        self.package.log({k: v for k, v in values.items() if k != "step"}, step=step)
-
-    def close(self):
-        self.package.finish()
-
-
-def wandb(folder: Path, cfg):
-    return Board("wandb", folder, cfg, dir=folder)
-
-
-def trackio(folder: Path, cfg):
-    return Board("trackio", folder, cfg)
-
-
-TRACKERS = {"tensorboard": TensorBoard, "wandb": wandb, "trackio": trackio}
-
-
-def open_tracker(name: str, folder: Path, cfg):
-    try:
-        return TRACKERS[name](folder, cfg)
-    except ImportError as e:
-        raise SystemExit(f"--log {name}: not installed ({first_line(e)}): pip install {name}"
-                         ) from None

@@ -4,9 +4,8 @@ A file holds plain types and tensors only. It is written beside its place, force
 renamed: a run that is killed while it saves still has the last one. Reading checks the checksums
 that torch's zip format stores, since a flipped bit would load without a word, and executes nothing.
 """
+import math
 import os
-import signal
-import threading
 import zipfile
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from machine import first_line
+from support.machine import first_line
 
 LAST = "model.pt"
 BEST = "best.pt"
@@ -80,6 +79,59 @@ def bad_weights(weights: dict) -> str:
     """{name: weights} -> what is not finite in them; nothing where all are."""
     bad = [name for name, p in weights.items() if not p.isfinite().all()]
     return f"the weights {bad[0]} are not finite ({len(bad)} are not)" if bad else ""
+
+
+def bad_numbers(weights: dict, names, loss, sizes) -> str:
+    """What was not finite in a step: weights, its loss, else gradients, by their names' norms."""
+    if not loss.isfinite():
+        return bad_weights(weights) or f"the training loss is {float(loss)}"
+    bad = [name for name, size in zip(names, sizes) if not size.isfinite()]
+    return f"the gradient of {' and '.join(bad[:2])} is not finite ({len(bad)} are not)"
+
+
+def progress(state: dict | None, compile_seconds: float) -> dict:
+    """Where a run stands: what a checkpoint holds besides weights, optimizers, random numbers.
+
+    state: a checkpoint's content, of a run that goes on. best: the lowest validation loss; reached:
+    when it was the target.
+    """
+    at = dict(tokens=0, seconds=0.0, compile_seconds=0.0, best=math.inf, reached=None)
+    if state:
+        at |= state["progress"]
+    at["compile_seconds"] += compile_seconds
+    return at
+
+
+def check_loss(step: int, loss: float, saved: int | None):
+    """End a run whose validation loss is not finite."""
+    if not math.isfinite(loss):
+        refuse_numbers(step, f"the validation loss is {loss}", saved)
+
+
+def refuse_numbers(step: int, what: str, saved: int | None):
+    last = "there is no checkpoint" if saved is None else f"the last good one is of step {saved}"
+    raise SystemExit(f"step {step}: {what}: lower the learning rates. No checkpoint was "
+                     f"overwritten, {last}")
+
+
+def save(folder: Path, state: dict, watch, keep: int, best: bool, say):
+    """model.pt and, of the best so far, best.pt. A failure is told, and the run goes on.
+
+    watch: has the weights by name, and the step that was saved last. Bad weights end the run.
+    """
+    step = state["step"]
+    if bad := bad_weights(watch.weights):
+        refuse_numbers(step, bad, watch.saved)
+    try:
+        if watch.saved != step:
+            keep_old(folder, watch.saved, keep)
+            write(folder / LAST, state)
+            watch.saved = step
+        if best:
+            link(folder / LAST, folder / BEST)
+    except OSError as e:
+        say(f"note: the checkpoint of step {step} could not be saved ({e}); the run goes on, "
+            f"the last one is of step {watch.saved}")
 
 
 def keep_old(folder: Path, step: int, keep: int):
@@ -201,6 +253,8 @@ def resumed(cfg, data, rank: int):
                          "--resume_anyway")
     if state["step"] > cfg.num_iterations and not cfg.minutes:
         raise SystemExit(f"{path}: is at step {state['step']} already: raise --num_iterations")
+    if rank == 0:
+        sweep(path.parent)
     return state, path
 
 
@@ -233,48 +287,3 @@ def restore(state: dict, model, optimizers, device: torch.device, rank: int, wor
         torch.set_rng_state(of_cpu)
         if device.type == "cuda" and of_device is not None:
             torch.cuda.set_rng_state(of_device, device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Signals
-
-# A second one of these ends the run at once. SIGQUIT always does: some way out must not wait for a
-# step. Windows has only the first two.
-ENDS = ("SIGINT", "SIGTERM", "SIGHUP")
-# A batch system's, some minutes before it kills, and that of a limit of CPU seconds, which comes
-# again every second.
-WARNINGS = ("SIGUSR1", "SIGXCPU")
-
-
-class Signals:
-    """From listen() to the end of the block WARNINGS and a first of ENDS are but noted."""
-    def __init__(self):
-        self.caught = 0                              # its number
-        self.before = {}
-
-    def __enter__(self):
-        return self
-
-    def listen(self):
-        # Only the main thread may; others run as before.
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for names, handler in ((ENDS, self.end), (WARNINGS, self.warn)):
-            for number in filter(None, (getattr(signal, name, None) for name in names)):
-                # Ignored on purpose: by nohup, or by a shell that runs us in the background.
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self.before[number] = signal.signal(number, handler)
-
-    def warn(self, number, frame):
-        self.caught = number
-
-    def end(self, number, frame):
-        self.caught = number
-        # At once, for good: not the handler that was there before.
-        for other in self.before:
-            if signal.Signals(other).name in ENDS:
-                signal.signal(other, signal.SIG_DFL)
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,170 @@
+"""Batches: which tokens a step reads. Windows are here, documents.py has whole documents.
+
+Letters: T time, tokens a row.
+"""
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from support.documents import Padded, document_token
+from support.machine import checksum
+from support.shards import bytes_a_token, open_data, refuse_changes
+
+
+class Windows:
+    """Windows of T tokens and one more, each once an epoch: in file order, or shuffled.
+
+    Shuffled, every epoch is cut at a new offset. What a step reads is a pure function of its
+    number: processes never overlap, never skip, and a run can be continued anywhere.
+    Raises SystemExit where there is less than a window, or a step cannot be shared evenly.
+    """
+    mask_documents = False
+
+    def __init__(self, shards, cfg, rank: int = 0, world: int = 1,
+                 shuffle: bool | None = None):
+        self.cfg = cfg
+        self.rank = rank
+        self.world = world
+        self.shuffle = cfg.shuffle if shuffle is None else shuffle
+        self.shards = list(shards.values())
+
+        sequences = cfg.batch_size * cfg.grad_accumulation_steps       # in a step, all processes
+        self.rows = sequences // world
+        self.micro_batch = min(cfg.batch_size, self.rows)
+        if sequences % world or self.rows % self.micro_batch:
+            raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {cfg.batch_size} sequences"
+                             f" cannot be shared evenly by {world} processes: change "
+                             "--grad_accumulation_steps")
+
+        T = cfg.sequence_length
+        spare = T - 1 if self.shuffle else 0                           # room for the offset
+        windows = [max(0, (len(shard) - 1 - spare) // T) for shard in self.shards]
+        if not sum(windows):
+            raise SystemExit(f"{next(iter(shards))}: shorter than a sequence of {T:,} tokens: "
+                             "lower --sequence_length")
+        self.ends = np.cumsum(windows)
+        self.per_step = cfg.tokens_per_step                            # targets, all processes
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __str__(self):
+        return (f"{self.targets(len(self)):,} tokens to predict, {len(self):,} windows in "
+                f"{len(self.shards)} shards")
+
+    @property
+    def widths(self) -> list[int]:
+        """Tokens a row may have."""
+        return [self.cfg.sequence_length]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Of all micro-batches: (rows, tokens a row)."""
+        return [(self.micro_batch, self.cfg.sequence_length)]
+
+    def first(self, tokens: int) -> int:
+        """How many windows hold the first `tokens` targets: at least one, at most all."""
+        return min(len(self), max(1, tokens // self.cfg.sequence_length))
+
+    def targets(self, n: int) -> int:
+        """How many tokens the first n windows predict."""
+        return n * self.cfg.sequence_length
+
+    def read(self, windows, offset: int = 0):
+        """Numbers of windows -> their tokens (len(windows), T + 1) int64."""
+        T = self.cfg.sequence_length
+        rows = []
+        for window in windows:
+            s = int(np.searchsorted(self.ends, window, side="right"))
+            before = self.ends[s - 1] if s else 0
+            start = offset + T * int(window - before)
+            rows.append(self.shards[s][start:start + T + 1])
+        return np.stack(rows).astype(np.int64)
+
+    def batch(self, step: int) -> Tensor:
+        """This process's sequences of a step, (rows, T + 1)."""
+        n = len(self)
+        numbers = (step * self.world + self.rank) * self.rows + np.arange(self.rows)
+        parts = []
+        for epoch in np.unique(numbers // n):
+            windows = numbers[numbers // n == epoch] % n
+            offset = 0
+            if self.shuffle:
+                rng = np.random.default_rng((self.cfg.seed, epoch))
+                windows = rng.permutation(n)[windows]
+                offset = int(rng.integers(self.cfg.sequence_length))
+            parts.append(self.read(windows, offset))
+        return torch.from_numpy(np.concatenate(parts))
+
+    def micro_batches(self, step: int):
+        """-> [(tokens (rows, T + 1), weight of its loss)], targets predicted by all processes."""
+        parts = self.batch(step).split(self.micro_batch)
+        return [(rows, 1 / len(parts)) for rows in parts], self.cfg.tokens_per_step
+
+
+class Packed(Windows):
+    """The same windows, but tokens see their own document only.
+
+    A window may begin or end inside a document. Nothing is padded, and attention costs less where
+    its kernel skips what a mask hides. Mixers that cannot mask documents are refused.
+    """
+    mask_documents = True
+
+
+# --------------------------------------------------------------------------------------------------
+# A run's batches
+
+def prepare(batches, step: int, pin: bool):
+    """A step's micro-batches as its row of BATCHES has them, on the host; pin: for the GPU."""
+    refuse_changes(batches)
+    parts, predictions = batches.micro_batches(step)
+    if pin:
+        parts = [(rows.pin_memory(), weight) for rows, weight in parts]
+    return parts, predictions
+
+
+class Data(NamedTuple):
+    """What a run reads: objects of a row of BATCHES, and what the log says of them."""
+    batches: Windows | Padded
+    val_batches: Windows | Padded
+    # Rows that are validated on
+    val_n: int
+    # The shards' own; the model's may be larger.
+    vocab: int
+    # {path: tokens}
+    shards: dict
+    val_shards: dict
+    # Of validation text, a token; None: nobody has counted.
+    text_bytes: float | None
+
+    def shapes(self):
+        """Of all micro-batches, and of all batches of validation: [(rows, tokens a row)]."""
+        rows = self.val_batches.cfg.val_batch_size
+        return self.batches.shapes(), [(rows, int(width)) for width in self.val_batches.widths]
+
+    def checksums(self) -> dict[str, str]:
+        """{path: checksum} of all shards."""
+        return {path: checksum(path) for path in self.shards | self.val_shards}
+
+    def identity(self, checksums) -> dict[str, list[str]]:
+        """What a checkpoint keeps of the data, to know them again."""
+        return {"training": [checksums[path] for path in self.shards],
+                "validation": [checksums[path] for path in self.val_shards]}
+
+
+def open_batches(cfg, row, rank: int, world: int):
+    """-> cfg with the vocabulary and the document token of its shards, their Data.
+
+    row: of BATCHES. SystemExit with one line for anything wrong with shards or sizes.
+    """
+    shards, val_shards, vocab = open_data(cfg)
+    cfg = replace(cfg, vocab_size=cfg.vocab_size or vocab)
+    make_batches, knobs = row
+    if "document_token" in knobs:
+        cfg = replace(cfg, document_token=document_token(cfg, shards, vocab))
+    batches = make_batches(shards, cfg, rank, world)
+    val_batches = make_batches(val_shards, cfg, shuffle=False)
+    return cfg, Data(batches, val_batches, val_batches.first(cfg.val_tokens), vocab, shards,
+                     val_shards, bytes_a_token(val_shards))
