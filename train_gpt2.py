@@ -55,7 +55,8 @@ from support.decode import BlockDecoding, Decoding
 from support.documents import Padded, fill
 from support.estimate import estimate, utilisation
 from support.exported import start_from
-from support.flags import check_settings, check_words, listed, make_parser, readers
+from support.flags import (Stage, check_settings, check_words, listed, make_parser, parse_stages,
+                           readers)
 from support.log import Log, NoLog, opening, summary
 from support.metrics import hit_rate, per_byte, results
 from support.processes import (Buckets, join_processes, leave_processes, process_numbers, restarted,
@@ -156,6 +157,7 @@ class Config:
     batch_size: int = 8                              # sequences in a micro-batch
     grad_accumulation_steps: int = 1                 # micro-batches in a step
     num_iterations: int = 1000                       # steps
+    stages: str = ""                                 # 256x32@500: such batches until that step
     schedule: str = "trapezoid"                      # of the learning rates behind warm-up
     warmup_iters: int = -1                           # linear warm-up; -1: 2% of the steps
     warmdown_iters: int = -1                         # linear warm-down; -1: 60% of the steps
@@ -256,6 +258,12 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
+
+    @property
+    def staged(self) -> list[Stage]:
+        """What --stages says, and the flags' own sizes behind it."""
+        own = Stage(self.num_iterations, self.sequence_length, self.batch_size)
+        return [*parse_stages(self.stages), own]
 
     @property
     def vocab_rows(self) -> int:

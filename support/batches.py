@@ -14,11 +14,21 @@ from support.machine import checksum
 from support.shards import bytes_a_token, open_data, refuse_changes
 
 
+class StepPlan(NamedTuple):
+    """What a step of a stage reads, in one process."""
+    start: int                                       # the stage's first step
+    window: int                                      # its first window, of all processes
+    windows: int                                     # a step
+    T: int                                           # tokens a row
+    micro_batch: int                                 # rows
+
+
 class Windows:
     """Windows of T tokens and one more, each once an epoch: in file order, or shuffled.
 
     Shuffled, every epoch is cut at a new offset. What a step reads is a pure function of its
-    number: processes never overlap, never skip, and a run can be continued anywhere.
+    number: processes never overlap, never skip, and a run can be continued anywhere. Stages of
+    shorter rows cut the same windows into pieces, so that they too read every token once.
     Raises SystemExit where there is less than a window, or a step cannot be shared evenly.
     """
     mask_documents = False
@@ -30,14 +40,7 @@ class Windows:
         self.world = world
         self.shuffle = cfg.shuffle if shuffle is None else shuffle
         self.shards = list(shards.values())
-
-        sequences = cfg.batch_size * cfg.grad_accumulation_steps       # in a step, all processes
-        self.rows = sequences // world
-        self.micro_batch = min(cfg.batch_size, self.rows)
-        if sequences % world or self.rows % self.micro_batch:
-            raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {cfg.batch_size} sequences"
-                             f" cannot be shared evenly by {world} processes: change "
-                             "--grad_accumulation_steps")
+        self.plan_stages()
 
         T = cfg.sequence_length
         spare = T - 1 if self.shuffle else 0                           # room for the offset
@@ -46,7 +49,27 @@ class Windows:
             raise SystemExit(f"{next(iter(shards))}: shorter than a sequence of {T:,} tokens: "
                              "lower --sequence_length")
         self.ends = np.cumsum(windows)
-        self.per_step = cfg.tokens_per_step                            # targets, all processes
+
+    def plan_stages(self):
+        """Where stages begin, and what a step of each reads."""
+        cfg = self.cfg
+        self.stages = []
+        start = window = 0
+        for until, T, B in cfg.staged:
+            sequences = B * cfg.grad_accumulation_steps                # in a step, all processes
+            windows = sequences * T // cfg.sequence_length
+            pieces = cfg.sequence_length // T                          # of a window
+            rows = windows // self.world * pieces
+            micro_batch = min(B, rows)
+            if windows % self.world or rows % micro_batch:
+                raise SystemExit(f"a step of {cfg.grad_accumulation_steps} x {B} sequences cannot "
+                                 f"be shared evenly by {self.world} processes: change "
+                                 "--grad_accumulation_steps")
+            self.stages.append(StepPlan(start, window, windows // self.world, T, micro_batch))
+            window += (until - start) * windows
+            start = until
+        # Targets, all processes; on average where stages differ.
+        self.per_step = window * cfg.sequence_length // cfg.num_iterations
 
     def __len__(self):
         return int(self.ends[-1])
@@ -57,12 +80,12 @@ class Windows:
 
     @property
     def widths(self) -> list[int]:
-        """Tokens a row may have."""
+        """Tokens a row may have, in validation."""
         return [self.cfg.sequence_length]
 
     def shapes(self) -> list[tuple[int, int]]:
         """Of all micro-batches: (rows, tokens a row)."""
-        return [(self.micro_batch, self.cfg.sequence_length)]
+        return [*dict.fromkeys((plan.micro_batch, plan.T) for plan in self.stages)]
 
     def first(self, tokens: int) -> int:
         """How many windows hold the first `tokens` targets: at least one, at most all."""
@@ -83,10 +106,16 @@ class Windows:
             rows.append(self.shards[s][start:start + T + 1])
         return np.stack(rows).astype(np.int64)
 
+    def plan(self, step: int) -> StepPlan:
+        """Of the last stage that has begun."""
+        return [plan for plan in self.stages if plan.start <= step][-1]
+
     def batch(self, step: int) -> Tensor:
-        """This process's sequences of a step, (rows, T + 1)."""
+        """This process's rows of a step, (rows, T + 1), T of its stage."""
+        plan = self.plan(step)
         n = len(self)
-        numbers = (step * self.world + self.rank) * self.rows + np.arange(self.rows)
+        place = (step - plan.start) * self.world + self.rank
+        numbers = plan.window + place * plan.windows + np.arange(plan.windows)
         parts = []
         for epoch in np.unique(numbers // n):
             windows = numbers[numbers // n == epoch] % n
@@ -96,12 +125,16 @@ class Windows:
                 windows = rng.permutation(n)[windows]
                 offset = int(rng.integers(self.cfg.sequence_length))
             parts.append(self.read(windows, offset))
-        return torch.from_numpy(np.concatenate(parts))
+        rows = torch.from_numpy(np.concatenate(parts))
+        # A piece's last target is the next one's first input.
+        return rows.unfold(1, plan.T + 1, plan.T).flatten(0, 1)
 
     def micro_batches(self, step: int):
         """-> [(tokens (rows, T + 1), weight of its loss)], targets predicted by all processes."""
-        parts = self.batch(step).split(self.micro_batch)
-        return [(rows, 1 / len(parts)) for rows in parts], self.cfg.tokens_per_step
+        plan = self.plan(step)
+        parts = self.batch(step).split(plan.micro_batch)
+        predictions = plan.windows * self.world * self.cfg.sequence_length
+        return [(rows, 1 / len(parts)) for rows in parts], predictions
 
 
 class Packed(Windows):

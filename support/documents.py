@@ -84,7 +84,8 @@ class Padded:
     evenly, or nothing is there to predict.
     """
     mask_documents = False
-    needs = {"shuffle": ((True,), "documents of one length would follow one another")}
+    needs = {"shuffle": ((True,), "documents of one length would follow one another"),
+             "stages": (("",), "rows are as long as documents are")}
 
     def __init__(self, shards, cfg, rank: int = 0, world: int = 1, shuffle: bool = True):
         if cfg.grad_accumulation_steps % world:
