@@ -86,7 +86,7 @@ CASES = {
     "soap": dict(optim="soap", soap_frequency=3),
     "dropout": dict(dropout=0.2), "accumulation": dict(grad_accumulation_steps=3, batch_size=2),
     "packed": dict(batches="packed", **DOCUMENTS), "padded": dict(batches="padded", **DOCUMENTS),
-    "in order": dict(shuffle=False), "epochs": dict(batch_size=40, num_iterations=24),
+    "stages": dict(stages="4x16@2,8x8@5"), "in order": dict(shuffle=False), "epochs": dict(batch_size=40, num_iterations=24),
     "switches": dict(optim="muon", value_residual=True, x0_shortcut=True, residual="gpas"),
     "ngpt": dict(mixer="ngpt", norm="ngpt", residual="ngpt", mlp="ngpt", zero_init=False,
                  embed_norm=False, weight_decay=0.0),

@@ -63,6 +63,7 @@ def cases():
         yield name, "packed", []
     yield "run_nanoformer.sh", "packed", ["--recompute", "block", "--window", "20"]
     yield "run_fan.sh", "windows", ["--recompute", "cola", "--window", "20,0"]
+    yield "run_afno.sh", "windows", ["--stages", "16x16@5,32x8@10"]
     yield "run_afno.sh", "windows", ["--recompute", "block", "--mixer", "afno,attn"]
 
 

@@ -1,4 +1,5 @@
 """Shards: what open_shard refuses. Windows: every token window once an epoch, whoever reads it."""
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from support.machine import checksum
 from support.shards import open_data, open_shard, open_shards
-from train_gpt2 import Windows, stream
+from train_gpt2 import Config, Windows, stream
 
 
 def write(path, tokens, magic=20240520, version=1, vocab=50, count=None, dtype="<u2", extra=b""):
@@ -155,11 +156,9 @@ SHARDS = {"a": np.arange(3 * T + 2), "short": 900 + np.arange(3), "b": 1000 + np
           "c": 2000 + np.arange(4 * T)}
 
 
-def windows(rank=0, world=1, shuffle=False, batch=4, accumulation=1, shards=SHARDS, T=T):
-    cfg = SimpleNamespace(
-        sequence_length=T, batch_size=batch, grad_accumulation_steps=accumulation, shuffle=shuffle
-    )
-    cfg.seed, cfg.tokens_per_step = 3, batch * accumulation * T
+def windows(rank=0, world=1, shuffle=False, batch=4, accumulation=1, shards=SHARDS, T=T, **knobs):
+    cfg = Config(sequence_length=T, batch_size=batch, grad_accumulation_steps=accumulation,
+                 shuffle=shuffle, seed=3, **knobs)
     return Windows(shards, cfg, rank, world)
 
 
@@ -224,7 +223,7 @@ def test_shuffle_is_a_new_order_and_offset_every_epoch():
     assert n == 199 and len({tuple(e) for e in epochs}) == 6
     assert len({e[0] % T for e in epochs}) > 1 and all(len({s % T for s in e}) == 1 for e in epochs)
     assert all(e != sorted(e) for e in epochs)
-    w.cfg.seed += 1
+    w.cfg = replace(w.cfg, seed=4)
     assert w.batch(0).tolist() != windows(shuffle=True, shards=shards, batch=1).batch(0).tolist()
 
 
@@ -253,3 +252,43 @@ def test_refusals(shuffle):
     assert len(windows(shuffle=shuffle, shards={"a": np.arange(40)}, T=20)) == 1
     with pytest.raises(SystemExit, match="cannot be shared"):
         windows(world=3, shuffle=shuffle)
+
+
+# ---------------------------------------------------------------- stages
+
+# Steps of 2, of 3 and of 4 windows of 6 tokens; pieces of 2, of 3 and of 6.
+STAGES = dict(T=6, accumulation=2, batch=2, stages="2x3@2,3x3@5", num_iterations=9,
+              shards={"a": np.arange(200), "b": 1000 + np.arange(90)})
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_stages_read_what_one_stage_would(shuffle):
+    """The same tokens in the same order, across epochs; only the cuts differ."""
+    staged = windows(shuffle=shuffle, **STAGES)
+    parts = [staged.batch(step) for step in range(60)]
+    assert [tuple(part.shape) for part in parts[::2]][:4] == [(6, 3), (6, 4), (6, 4), (4, 7)]
+    found = torch.cat([part[:, :-1].flatten() for part in parts])
+    one = windows(shuffle=shuffle, **STAGES | dict(stages="", batch=1, accumulation=1,
+                                                   num_iterations=1000))
+    assert torch.equal(found, torch.cat([one.batch(i)[0, :-1] for i in range(len(found) // 6)]))
+    # A piece's targets are the tokens behind its inputs.
+    for part in parts:
+        assert torch.equal(part[:, 1:], part[:, :-1] + 1)
+
+
+def test_processes_share_the_steps_of_stages():
+    sizes = STAGES | dict(accumulation=4)
+    for step in range(7):
+        whole = windows(shuffle=True, **sizes).batch(step)
+        shares = [windows(rank, 2, True, **sizes) for rank in range(2)]
+        assert torch.equal(torch.cat([w.batch(step) for w in shares]), whole)
+        (parts, predictions), (others, same) = (w.micro_batches(step) for w in shares)
+        assert predictions == same == whole[:, 1:].numel() and len(parts) == len(others)
+        assert sum(weight for _, weight in parts) == pytest.approx(1)
+        assert {rows.shape for rows, _ in parts} <= {(B, T + 1) for B, T in shares[0].shapes()}
+
+
+def test_a_run_of_stages_knows_its_shapes_and_its_average_step():
+    w = windows(**STAGES)
+    assert w.shapes() == [(3, 2), (3, 3), (2, 6)] and w.widths == [6]
+    assert w.per_step == (2 * 12 + 3 * 18 + 4 * 24) // 9

@@ -466,3 +466,29 @@ def test_a_list_gives_each_layer_its_own():
 def test_a_wrong_list_is_one_line(flags, words):
     with pytest.raises(SystemExit, match=words):
         parse(flags.split())
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--stages 64x8", "'64x8' is not tokens x rows @ step, as in 256x32@500"),
+    ("--stages 64x0@5", "'64x0@5' is not tokens x rows @ step"),
+    ("--stages 100x64@5", "rows of 256, the --sequence_length, must be a multiple of 100"),
+    ("--stages 512x64@5", "must be a multiple of 512"),
+    ("--stages 64x3@5", "a step of 192 tokens is not a whole number of windows of 256"),
+    ("--stages 64x8@1000", "and before the run's end at 1000"),
+    ("--stages 64x8@5,128x8@5", "--stages 128x8@5: must end behind step 5"),
+    ("--stages 64x33554432@5", "2,147,483,648 tokens a step, at most 1,073,741,824 can be"),
+    ("--stages 64x8@5 --batches padded", "rows are as long as documents are"),
+])
+def test_wrong_stages_are_one_line(flags, words):
+    with pytest.raises(SystemExit, match=re.escape(words)) as e:
+        parse(flags.split())
+    assert "\n" not in str(e.value)
+
+
+def test_an_estimate_takes_the_largest_stage(capsys):
+    def lines(*flags):
+        main(parse(["--estimate", *SMALL, *ATTN, *flags]))
+        return capsys.readouterr().out
+    one = re.search(r"memory .*", lines())[0]
+    assert re.search(r"memory .*", lines("--stages=8x2@1"))[0] == one
+    assert re.search(r"memory .*", lines("--stages=8x64@1"))[0] != one

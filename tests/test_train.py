@@ -41,6 +41,26 @@ def test_loss_falls(shards, tmp_path, row):
     assert len(steps(folder, "train")) == 30
 
 
+@pytest.mark.parametrize("batches", [dict(), dict(batches="packed", document_token=3)], ids=str)
+def test_a_run_of_stages(shards, tmp_path, batches):
+    """Tokens add up, and what it trained sees no future at any stage's length."""
+    mixer = "attn" if batches else "afno,attn"
+    loss, folder = train(tmp_path, **shards, mixer=mixer, stages="4x16@2,8x8@4", **batches)
+    tokens = re.findall(r" tokens:(\d+) ", (folder / "log.txt").read_text())
+    assert tokens == [str(4 * 64 + 128)] and checkpoint_loss(folder) == pytest.approx(loss, abs=1e-4)
+    saved = weights(folder)
+    model = GPT(Config(**saved["config"])).double().eval()
+    model.load_state_dict(saved["model"])
+    idx = torch.randint(4, 24, (2, 16))
+    whole = model(idx)
+    for T in (4, 8, 15):
+        other = idx.clone()
+        other[:, T] = (idx[:, T] + 1) % 24
+        apart = (model(other) - whole).abs()
+        assert apart[:, :T].max() < 1e-12 and apart[:, T:].max() > 1e-6
+        assert (model(idx[:, :T]) - whole[:, :T]).abs().max() < 1e-12
+
+
 def test_log_is_complete(shards, tmp_path):
     loss, folder = train(tmp_path, **shards, **knobs_of("afno"), target_val_loss=9.0)
     text = (folder / "log.txt").read_text()
