@@ -303,16 +303,20 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
 
-    def forward(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None) -> Tensor:
+    def forward(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None,
+                age: Tensor | None = None) -> Tensor:
         """v1: what is added to the values; views: {window: what attention may see}, None: all of
-        the past."""
+        the past; age (B, T): tokens since their documents' starts, which convolutions stop at."""
         x, h = self.norm.mixer(x)
-        x, h = self.join(x, self.mixer_conv(self.mixer(h, v1, *self.seen(views))))
-        return self.end(x, self.mlp_conv(self.mlp(h)))
+        y = self.mixer(h, v1, *self.seen(views, age))
+        x, h = self.join(x, self.mixer_conv(y, age=age))
+        return self.end(x, self.mlp_conv(self.mlp(h), age=age))
 
-    def seen(self, views) -> tuple:
-        """The mixer's view of {window: view}, for mixers that take one."""
-        return ((views or {}).get(self.mixer.window),) if hasattr(self.mixer, "view") else ()
+    def seen(self, views, age) -> tuple:
+        """What a mixer takes of its past: its view of {window: view}, or the tokens' age."""
+        if hasattr(self.mixer, "view"):
+            return (views or {}).get(self.mixer.window),
+        return () if age is None else (age,)
 
     def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The stream and the mixer branch's output -> the stream, what the MLP reads."""
@@ -329,23 +333,24 @@ class Block(nn.Module):
         """The states before the first token: of the mixer, of the convolutions behind branches."""
         return tuple(m.init_state(B) for m in (self.mixer, self.mixer_conv, self.mlp_conv))
 
-    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None):
+    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None,
+                age: Tensor | None = None):
         """A prompt: forward's output, and the states behind it."""
         x, h = self.norm.mixer(x)
-        y, state = self.mixer.prefill(h, v1, *self.seen(views))
-        x, h = self.join(x, self.mixer_conv(y))
+        y, state = self.mixer.prefill(h, v1, *self.seen(views, age))
+        x, h = self.join(x, self.mixer_conv(y, age=age))
         z = self.mlp(h)
         states = state, self.mixer_conv.state_behind(y), self.mlp_conv.state_behind(z)
-        return self.end(x, self.mlp_conv(z)), states
+        return self.end(x, self.mlp_conv(z, age=age)), states
 
-    def step(self, x: Tensor, states: tuple, v1: Tensor | None = None, *docs: Tensor):
-        """One token, (B, C) and the states -> (B, C), the next states."""
+    def step(self, x: Tensor, states: tuple, v1: Tensor | None = None, *age: Tensor):
+        """One token, (B, C) and the states, its age (B,) -> (B, C), the next states."""
         state, behind_mixer, behind_mlp = states
         x, h = self.norm.mixer(x)
-        y, state = self.mixer.step(h, state, v1, *docs)
-        y, behind_mixer = self.mixer_conv.step(y, behind_mixer)
+        y, state = self.mixer.step(h, state, v1, *age)
+        y, behind_mixer = self.mixer_conv.step(y, behind_mixer, *age)
         x, h = self.join(x, y)
-        y, behind_mlp = self.mlp_conv.step(self.mlp(h), behind_mlp)
+        y, behind_mlp = self.mlp_conv.step(self.mlp(h), behind_mlp, *age)
         return self.end(x, y), (state, behind_mixer, behind_mlp)
 
     def value(self, x: Tensor) -> Tensor:
@@ -403,14 +408,11 @@ class GPT(nn.Module):
         if self.mask_documents and cfg.document_token < 0:
             raise ValueError("GPT needs a document_token to mask documents; main() takes the "
                              "vocabulary's")
-        if self.mask_documents and cfg.output_conv:
-            raise ValueError(f"--batches {cfg.batches}: a convolution cannot keep documents apart: "
-                             "leave out --output_conv, or take --batches padded")
         for name, mixer in zip(cfg.mixers, mixers):
             if self.mask_documents and not getattr(mixer, "masks_documents", False):
                 raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep "
-                                 "documents apart, attention without --short_conv can: change "
-                                 "--mixer, or take --batches padded")
+                                 "documents apart; attention can, and afno of backend auto with "
+                                 "--afno_taps 16: take these, or --batches padded")
 
     def trunk(self, idx: Tensor, at, run) -> Tensor:
         """(B, T) -> (B, T, C), from embedding to final norm; the stream is as narrow as products.
@@ -445,8 +447,9 @@ class GPT(nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """(B, T) -> (B, T, C), what the head reads."""
-        at, views, _ = self.sight(idx)
-        return self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, views))
+        at, views, begin = self.sight(idx)
+        age = None if begin is None else at
+        return self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, views, age))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         h = self.hidden(idx)
@@ -481,10 +484,11 @@ class GPT(nn.Module):
     def prefill(self, idx: Tensor):
         """A prompt, idx (B, T), T >= 1 -> the logits behind it (B, V), the state behind it."""
         at, views, begin = self.sight(idx)
+        age = None if begin is None else at
         states = []
 
         def run(i, x, v1):
-            x, state = self.blocks[i].prefill(x, v1, views)
+            x, state = self.blocks[i].prefill(x, v1, views, age)
             states.append(state)
             return x
 
@@ -499,15 +503,15 @@ class GPT(nn.Module):
         """
         states, t, begin = state
         states = list(states)
-        docs = ()
+        age = ()
         if self.mask_documents:
             begin = torch.where(idx == self.cfg.document_token, t, begin)
-            docs = (begin,)
+            age = (t - begin,)
 
         def run(i, x, v1):
             if v1 is not None:
                 v1 = v1[:, 0]
-            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *docs)
+            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *age)
             return x[:, None]
 
         h = self.trunk(idx[:, None], t - begin[:, None], run)
@@ -939,8 +943,10 @@ class Windows:
 class Packed(Windows):
     """The same windows, but tokens see their own document only.
 
-    A window may begin or end inside a document. Nothing is padded, and attention costs less where
-    its kernel skips what a mask hides. Mixers that cannot mask documents are refused.
+    Nothing crosses a document's start: no attention, no convolution, no position. A window may
+    begin or end inside a document. Nothing is padded, and attention costs less where its kernel
+    skips what a mask hides. Mixers that cannot keep documents apart are refused: recurrent ones,
+    and AFNO of many taps.
     """
     mask_documents = True
 
