@@ -33,6 +33,7 @@ from torch import Tensor
 
 from kernels import BACKENDS, NormedProduct, conv_flops
 from parts import Linear, ShortConv, norm
+from support.masked import can_mask, document_conv
 
 
 class FourierKernel(nn.Module):
@@ -127,7 +128,8 @@ class AFNO(nn.Module):
     The equations are at the top of the file. group_size 0 means 16 channels a kernel, num_blocks 0
     means 8 blocks, or the largest divisors below that fit; taps 0 means seq_len. Decoding keeps
     the last M u, at most half the memory of a KV cache, and reads them once a token: 2 M C FLOPs.
-    Raises ValueError where the sizes do not divide or the backend is unknown.
+    age (B, T), in a step (B,): how many tokens of its own document a token has before it; it then
+    mixes no others. Raises ValueError where the sizes do not divide or the backend is unknown.
     """
     def __init__(self, dim: int, seq_len: int, *, num_blocks: int = 0,
                  sparsity_threshold: float = 0.01, hard_thresholding_fraction: float = 1.0,
@@ -155,6 +157,7 @@ class AFNO(nn.Module):
                                     sparsity_threshold=sparsity_threshold,
                                     kept_fraction=hard_thresholding_fraction,
                                     taps=taps)
+        self.masks_documents = can_mask(self.conv, self.kernel.taps)
         self.D = nn.Parameter(torch.ones(dim))
         self.proj = linear(dim, dim)
 
@@ -184,13 +187,14 @@ class AFNO(nn.Module):
         # Normalised, as a product of raw streams can explode.
         return q, NormedProduct.apply(k, v, 1e-6)
 
-    def forward(self, x: Tensor, v1: Tensor | None = None) -> Tensor:
-        q, u = self.gate(self.short_conv(self.qkv(x), v1))
-        return self.out(q, u, self.kernel())
+    def forward(self, x: Tensor, v1: Tensor | None = None, age: Tensor | None = None) -> Tensor:
+        q, u = self.gate(self.short_conv(self.qkv(x), v1, age))
+        return self.out(q, u, self.kernel(), age)
 
-    def out(self, q: Tensor, u: Tensor, h: Tensor) -> Tensor:
+    def out(self, q: Tensor, u: Tensor, h: Tensor, age: Tensor | None) -> Tensor:
         """The gate and the convolution's input, (B, T, C), the kernel (G, M) -> (B, T, C)."""
-        y = self.conv(u, h[:, :u.size(1)])
+        h = h[:, :u.size(1)]
+        y = self.conv(u, h) if age is None else document_conv(u, h, age)
         return self.proj(q * torch.addcmul(y, self.D.type_as(u), u))
 
     def init_state(self, B: int) -> tuple:
@@ -203,27 +207,30 @@ class AFNO(nn.Module):
         past = taps.new_zeros(B, *taps.shape, self.dim // len(taps))
         return self.short_conv.init_state(B), past, taps, 0
 
-    def prefill(self, x: Tensor, v1: Tensor | None = None) -> tuple[Tensor, tuple]:
+    def prefill(self, x: Tensor, v1: Tensor | None = None, age: Tensor | None = None):
         """A prompt: forward's output, and the state behind it."""
         T = x.size(1)
         z = self.qkv(x, v1)
-        q, u = self.gate(self.short_conv(z))
+        q, u = self.gate(self.short_conv(z, age=age))
         _, past, taps, _ = self.init_state(len(x))
         M = taps.size(1)
         last = torch.arange(max(0, T - M), T, device=x.device)
         newest = u[:, last].unflatten(2, (len(taps), -1)).type_as(past)
         past[:, :, last % M] = newest.transpose(1, 2)
-        return self.out(q, u, taps.flip(1)), (self.short_conv.state_behind(z), past, taps, T)
+        return self.out(q, u, taps.flip(1), age), (self.short_conv.state_behind(z), past, taps, T)
 
-    def step(self, x: Tensor, state: tuple, v1: Tensor | None = None) -> tuple[Tensor, tuple]:
+    def step(self, x: Tensor, state: tuple, v1: Tensor | None = None, age: Tensor | None = None):
         """One token, (B, C) -> (B, C), and the next state."""
         window, past, taps, t = state
-        z, window = self.short_conv.step(self.qkv(x, v1), window)
+        z, window = self.short_conv.step(self.qkv(x, v1), window, age)
         q, u = self.gate(z)
         place = t % taps.size(1)
         past[:, :, place] = u.unflatten(1, (len(taps), -1))
         # The newest u meets the last tap.
         by_place = taps.roll(place + 1, 1)[:, None, :t + 1]  # (G, 1, min(t + 1, M))
+        if age is not None:
+            lags = (place - torch.arange(by_place.size(2), device=x.device)) % taps.size(1)
+            by_place = torch.where(age[:, None, None, None] >= lags, by_place, 0)
         y = by_place @ past[:, :, :t + 1]  # (B, G, 1, W)
         y = y.flatten(1).type_as(u) + self.D * u
         return self.proj(q * y), (window, past, taps, t + 1)
@@ -233,13 +240,9 @@ def afno_naive(m: AFNO, x: Tensor) -> Tensor:
     """The same numbers by loops and an explicit complex DFT, for tests: (B, T, C) -> (B, T, C)."""
     kernel = m.kernel
     n = kernel.seq_len
-    T = x.size(1)
-    C = x.size(2)
-    w1 = torch.complex(kernel.w1[0], kernel.w1[1])
-    w2 = torch.complex(kernel.w2[0], kernel.w2[1])
-    b1 = torch.complex(kernel.b1[0], kernel.b1[1])
-    b2 = torch.complex(kernel.b2[0], kernel.b2[1])
-    R = torch.complex(kernel.R[0], kernel.R[1])
+    _, T, C = x.shape
+    weights = kernel.w1, kernel.w2, kernel.b1, kernel.b2, kernel.R
+    w1, w2, b1, b2, R = (torch.complex(re, im) for re, im in weights)
     rho = torch.exp(-kernel.log_decay.exp())
 
     H = []
@@ -262,18 +265,14 @@ def afno_naive(m: AFNO, x: Tensor) -> Tensor:
         for f in range(1, n):
             angle = math.pi * f * t / n
             h = h + 2 * (H[f] * complex(math.cos(angle), math.sin(angle))).real
-        window = torch.exp(-t / n * kernel.log_window.exp())
         # One tap a kernel becomes one a channel.
-        h = h / (2 * n) * window * (t < kernel.taps)
+        h = h / (2 * n) * torch.exp(-t / n * kernel.log_window.exp()) * (t < kernel.taps)
         taps.append(h.repeat_interleave(C // len(h)))
 
     z = F.linear(x, torch.cat((m.q.weight, m.k.weight, m.v.weight)))
     w = m.short_conv.weight
-    columns = []
-    for t in range(T):
-        lags = range(min(len(w), t + 1))
-        columns.append(sum(z[:, t - lag] * w[-1 - lag] for lag in lags))
-    q, k, v = torch.stack(columns, dim=1).chunk(3, dim=-1)
+    z = F.pad(z, (0, 0, len(w) - 1, 0))
+    q, k, v = sum(z[:, i:i + T] * w[i] for i in range(len(w))).chunk(3, dim=-1)
     u = norm(k) * norm(v)
 
     y = torch.stack([sum(taps[t - s] * u[:, s] for s in range(t + 1)) for t in range(T)], dim=1)

@@ -88,6 +88,7 @@ class View(NamedTuple):
     """What the tokens of a batch see of one another, the same in all layers."""
     at: slice | Tensor                               # their positions: of all rows, or (B, T)
     kernel: Callable                                 # q, k, v -> what they take from whom they see
+    age: Tensor | None = None                        # (B, T): at, where it is by documents
 
 
 # Where FlexAttention has a backward.
@@ -108,17 +109,15 @@ def view(window: int, docs: Tensor | None, T: int, D: int, device: torch.device)
     if not window and docs is None:
         return View(slice(T), partial(sdpa, is_causal=True))
     t = torch.arange(T, device=device)
-    at = slice(T)
-    B = 1
-    if docs is not None:
-        at = t - docs
-        B = len(docs)
+    age = None if docs is None else t - docs
+    at = slice(T) if docs is None else age
+    B = 1 if docs is None else len(docs)
     rule = visible(window, docs)
     if torch.compiler.is_compiling() and skips_masks(device, D):
         block_mask = create_block_mask(rule, B, None, T, T, device=device)
-        return View(at, partial(flex, block_mask=block_mask))
+        return View(at, partial(flex, block_mask=block_mask), age)
     rows = torch.arange(B, device=device)[:, None, None, None]
-    return View(at, partial(sdpa, attn_mask=rule(rows, 0, t[:, None], t)))       # (B, 1, T, T)
+    return View(at, partial(sdpa, attn_mask=rule(rows, 0, t[:, None], t)), age)  # (B, 1, T, T)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -129,9 +128,12 @@ class CausalSelfAttention(nn.Module):
 
     No residual, no input norm. window: how many tokens a token sees, itself counted (0: all).
     docs (B, T): the place in its row where each token's document starts; tokens then see, and count
-    positions in, their own document only. In a step docs is (B,). forward takes their view, which a
-    model makes once for all its layers. v1: what is added to the values.
+    positions in, their own document only. forward takes their view, which a model makes once for
+    all its layers; a step takes age (B,), how many tokens of the document came before. v1: what is
+    added to the values.
     """
+    masks_documents = True
+
     def __init__(self, dim: int, seq_len: int, *, n_head: int, n_kv_head: int = 0,
                  head_norm=QKNorm, rope: bool = True, short_conv: bool = False, window: int = 0,
                  linear=Linear):
@@ -149,11 +151,6 @@ class CausalSelfAttention(nn.Module):
         self.head_norm = head_norm(self.head_dim)
         self.rotary = Rotary(self.head_dim, seq_len) if rope else NoRotary()
         self.proj = linear(dim, dim)
-
-    @property
-    def masks_documents(self) -> bool:
-        """May forward be given docs? A convolution knows no documents."""
-        return self.short_conv is None
 
     def view(self, T: int, docs: Tensor | None, device: torch.device) -> View:
         return view(self.window, docs, T, self.head_dim, device)
@@ -194,7 +191,7 @@ class CausalSelfAttention(nn.Module):
             view = self.view(x.size(1), None, x.device)
         z = qkv = self.qkv(x)
         if self.short_conv is not None:
-            z = self.short_conv(qkv)
+            z = self.short_conv(qkv, age=view.age)
         q, k, v = self.heads(z, v1, view.at)
         y = self.attend(x, q, k, v, view.kernel)
         return self.proj(y.transpose(1, 2).flatten(2)), qkv, k, v
@@ -219,15 +216,13 @@ class CausalSelfAttention(nn.Module):
             conv = self.short_conv.init_state(B)
         return conv, cache, 0
 
-    def step(self, x: Tensor, state, v1: Tensor | None = None, docs: Tensor | None = None):
+    def step(self, x: Tensor, state, v1: Tensor | None = None, age: Tensor | None = None):
         """One token, (B, C) and the state -> (B, C), the next state."""
         conv, cache, t = state
         z = self.qkv(x)
         if self.short_conv is not None:
-            z, conv = self.short_conv.step(z, conv)
-        at = slice(t, t + 1)
-        if docs is not None:
-            at = t - docs[:, None]
+            z, conv = self.short_conv.step(z, conv, age)
+        at = slice(t, t + 1) if age is None else age[:, None]
         if v1 is not None:
             v1 = v1[:, None]
         q, k, v = self.heads(z[:, None], v1, at)
@@ -236,9 +231,9 @@ class CausalSelfAttention(nn.Module):
         first = max(0, t + 1 - self.window) if self.window else 0
         k, v = cache[:, :, :, first:t + 1].type_as(q)
         mask = None
-        if docs is not None:
+        if age is not None:
             times = torch.arange(first, t + 1, device=x.device)
-            mask = (times >= docs[:, None])[:, None, None]             # (B, 1, 1, times)
+            mask = (times >= t - age[:, None])[:, None, None]          # (B, 1, 1, times)
         y = self.attend(x[:, None], q, k, v, partial(sdpa, attn_mask=mask))
         return self.proj(y.flatten(1)), (conv, cache, t + 1)
 

@@ -101,8 +101,8 @@ def run_positions(args, model):
                          f"{cfg.vocab_size}: they are not those it was trained on")
     batches = BATCHES[cfg.batches][0](shards, cfg, shuffle=False)
     if batches.widths != [T]:
-        raise SystemExit(f"--positions: rows of --batches {cfg.batches} have many lengths: it needs "
-                         "windows, or packed ones")
+        raise SystemExit(f"--positions: rows of --batches {cfg.batches} have many lengths: it "
+                         "needs windows, or packed ones")
     device = next(model.parameters()).device
     n = batches.first(cfg.val_tokens)
     losses = []                                      # (windows, T)

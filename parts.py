@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
 from kernels import DepthwiseCausalConv, RMSNorm, SquaredReLU
+from support.masked import short_document_conv
 
 WIDE = (torch.float32, torch.float64)
 
@@ -112,9 +113,10 @@ class ShortConv(nn.Module):
         with torch.no_grad():
             self.weight[-1] += 1.0
 
-    def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
-        """more (B, T, c): what is added to the last c channels of x."""
-        return DepthwiseCausalConv.apply(x, self.weight.type_as(x), more)
+    def forward(self, x: Tensor, more: Tensor | None = None, age: Tensor | None = None) -> Tensor:
+        """more (B, T, c): what is added to the last c channels of x; age (B, T): see masked.py."""
+        conv = DepthwiseCausalConv.apply if age is None else partial(short_document_conv, age=age)
+        return conv(x, self.weight.type_as(x), more)
 
     def init_state(self, B: int) -> Tensor:
         width, C = self.weight.shape
@@ -125,10 +127,13 @@ class ShortConv(nn.Module):
         width = len(self.weight)
         return F.pad(x[:, 1 - width:], (0, 0, max(0, width - 1 - x.size(1)), 0))
 
-    def step(self, x: Tensor, state: Tensor):
-        """(B, C) and the last inputs (B, width - 1, C) -> (B, C), the next state."""
-        window = torch.cat((state, x[:, None]), dim=1)
-        return (window * self.weight.type_as(x)).sum(1), window[:, 1:]
+    def step(self, x: Tensor, state: Tensor, age: Tensor | None = None):
+        """(B, C), the last inputs (B, width - 1, C), age (B,) -> (B, C), the next state."""
+        own = window = torch.cat((state, x[:, None]), dim=1)
+        if age is not None:
+            lags = torch.arange(len(self.weight) - 1, -1, -1, device=x.device)[:, None]
+            own = torch.where(age[:, None, None] >= lags, window, 0)
+        return (own * self.weight.type_as(x)).sum(1), window[:, 1:]
 
 
 class NoConv(nn.Module):
@@ -136,7 +141,7 @@ class NoConv(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, more=None, age=None) -> Tensor:
         return x
 
     def init_state(self, B: int):
@@ -145,7 +150,7 @@ class NoConv(nn.Module):
     def state_behind(self, x: Tensor):
         return None
 
-    def step(self, x: Tensor, state):
+    def step(self, x: Tensor, state, age=None):
         return x, state
 
 
@@ -476,11 +481,8 @@ def check_parts(model):
     if model.mask_documents and cfg.document_token < 0:
         raise ValueError("GPT needs a document_token to mask documents; main() takes the "
                          "vocabulary's")
-    if model.mask_documents and cfg.output_conv:
-        raise ValueError(f"--batches {cfg.batches}: a convolution cannot keep documents apart: "
-                         "leave out --output_conv, or take --batches padded")
     for name, mixer in zip(cfg.mixers, mixers):
         if model.mask_documents and not getattr(mixer, "masks_documents", False):
             raise ValueError(f"--batches {cfg.batches}: {name} as set here cannot keep "
-                             "documents apart, attention without --short_conv can: change "
-                             "--mixer, or take --batches padded")
+                             "documents apart; attention can, and afno of backend auto with "
+                             "--afno_taps 16: take these, or --batches padded")

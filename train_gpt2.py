@@ -55,8 +55,7 @@ from support.decode import BlockDecoding, Decoding
 from support.documents import Padded, fill
 from support.estimate import estimate, utilisation
 from support.exported import start_from
-from support.flags import (Stage, check_settings, check_words, listed, make_parser, parse_stages,
-                           readers)
+from support.flags import check_settings, check_words, listed, make_parser, readers
 from support.log import Log, NoLog, opening, summary
 from support.metrics import hit_rate, per_byte, results
 from support.processes import (Buckets, join_processes, leave_processes, process_numbers, restarted,
@@ -260,12 +259,6 @@ class Config:
         return self.batch_size * self.grad_accumulation_steps * self.sequence_length
 
     @property
-    def staged(self) -> list[Stage]:
-        """What --stages says, and the flags' own sizes behind it."""
-        own = Stage(self.num_iterations, self.sequence_length, self.batch_size)
-        return [*parse_stages(self.stages), own]
-
-    @property
     def vocab_rows(self) -> int:
         """Rows of embedding and head: the vocabulary and its padding, which is never predicted."""
         return math.ceil(self.vocab_size / 128) * 128 if self.pad_vocab else self.vocab_size
@@ -311,16 +304,20 @@ class Block(BlockDecoding, nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
         self.scale = 1 / math.sqrt(2 * cfg.n_layer) if cfg.branch_scale else 1.0
 
-    def forward(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None) -> Tensor:
+    def forward(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None,
+                age: Tensor | None = None) -> Tensor:
         """v1: what is added to the values; views: {window: what attention may see}, None: all of
-        the past."""
+        the past; age (B, T): tokens since their documents' starts, which convolutions stop at."""
         x, h = self.norm.mixer(x)
-        x, h = self.join(x, self.mixer_conv(self.mixer(h, v1, *self.seen(views))))
-        return self.end(x, self.mlp_conv(self.mlp(h)))
+        y = self.mixer(h, v1, *self.seen(views, age))
+        x, h = self.join(x, self.mixer_conv(y, age=age))
+        return self.end(x, self.mlp_conv(self.mlp(h), age=age))
 
-    def seen(self, views) -> tuple:
-        """The mixer's view of {window: view}, for mixers that take one."""
-        return ((views or {}).get(self.mixer.window),) if hasattr(self.mixer, "view") else ()
+    def seen(self, views, age) -> tuple:
+        """What a mixer takes of its past: its view of {window: view}, or the tokens' age."""
+        if hasattr(self.mixer, "view"):
+            return (views or {}).get(self.mixer.window),
+        return () if age is None else (age,)
 
     def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The stream and the mixer branch's output -> the stream, what the MLP reads."""
@@ -410,8 +407,9 @@ class GPT(Decoding, nn.Module):
 
     def hidden(self, idx: Tensor) -> Tensor:
         """(B, T) -> (B, T, C), what the head reads."""
-        at, views, _ = self.sight(idx)
-        return self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, views))
+        at, views, begin = self.sight(idx)
+        age = None if begin is None else at
+        return self.trunk(idx, at, lambda i, x, v1: self.run(self.blocks[i], x, v1, views, age))
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         h = self.hidden(idx)

@@ -12,6 +12,7 @@ from torch import Tensor
 from support.documents import Padded, document_token
 from support.machine import checksum
 from support.shards import bytes_a_token, open_data, refuse_changes
+from support.stages import stages_of
 
 
 class StepPlan(NamedTuple):
@@ -55,7 +56,7 @@ class Windows:
         cfg = self.cfg
         self.stages = []
         start = window = 0
-        for until, T, B in cfg.staged:
+        for until, T, B in stages_of(cfg):
             sequences = B * cfg.grad_accumulation_steps                # in a step, all processes
             windows = sequences * T // cfg.sequence_length
             pieces = cfg.sequence_length // T                          # of a window
@@ -140,8 +141,10 @@ class Windows:
 class Packed(Windows):
     """The same windows, but tokens see their own document only.
 
-    A window may begin or end inside a document. Nothing is padded, and attention costs less where
-    its kernel skips what a mask hides. Mixers that cannot mask documents are refused.
+    Nothing crosses a document's start: no attention, no convolution, no position. A window may
+    begin or end inside a document. Nothing is padded, and attention costs less where its kernel
+    skips what a mask hides. Mixers that cannot keep documents apart are refused: recurrent ones,
+    and AFNO of many taps.
     """
     mask_documents = True
 

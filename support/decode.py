@@ -20,23 +20,24 @@ class BlockDecoding:
         """The states before the first token: of the mixer, of the convolutions behind branches."""
         return tuple(m.init_state(B) for m in (self.mixer, self.mixer_conv, self.mlp_conv))
 
-    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None):
+    def prefill(self, x: Tensor, v1: Tensor | None = None, views: dict | None = None,
+                age: Tensor | None = None):
         """A prompt: forward's output, and the states behind it."""
         x, h = self.norm.mixer(x)
-        y, state = self.mixer.prefill(h, v1, *self.seen(views))
-        x, h = self.join(x, self.mixer_conv(y))
+        y, state = self.mixer.prefill(h, v1, *self.seen(views, age))
+        x, h = self.join(x, self.mixer_conv(y, age=age))
         z = self.mlp(h)
         states = state, self.mixer_conv.state_behind(y), self.mlp_conv.state_behind(z)
-        return self.end(x, self.mlp_conv(z)), states
+        return self.end(x, self.mlp_conv(z, age=age)), states
 
-    def step(self, x: Tensor, states: tuple, v1: Tensor | None = None, *docs: Tensor):
-        """One token, (B, C) and the states -> (B, C), the next states."""
+    def step(self, x: Tensor, states: tuple, v1: Tensor | None = None, *age: Tensor):
+        """One token, (B, C) and the states, its age (B,) -> (B, C), the next states."""
         state, behind_mixer, behind_mlp = states
         x, h = self.norm.mixer(x)
-        y, state = self.mixer.step(h, state, v1, *docs)
-        y, behind_mixer = self.mixer_conv.step(y, behind_mixer)
+        y, state = self.mixer.step(h, state, v1, *age)
+        y, behind_mixer = self.mixer_conv.step(y, behind_mixer, *age)
         x, h = self.join(x, y)
-        y, behind_mlp = self.mlp_conv.step(self.mlp(h), behind_mlp)
+        y, behind_mlp = self.mlp_conv.step(self.mlp(h), behind_mlp, *age)
         return self.end(x, y), (state, behind_mixer, behind_mlp)
 
 
@@ -50,10 +51,11 @@ class Decoding:
     def prefill(self, idx: Tensor):
         """A prompt, idx (B, T), T >= 1 -> the logits behind it (B, V), the state behind it."""
         at, views, begin = self.sight(idx)
+        age = None if begin is None else at
         states = []
 
         def run(i, x, v1):
-            x, state = self.blocks[i].prefill(x, v1, views)
+            x, state = self.blocks[i].prefill(x, v1, views, age)
             states.append(state)
             return x
 
@@ -68,15 +70,15 @@ class Decoding:
         """
         states, t, begin = state
         states = list(states)
-        docs = ()
+        age = ()
         if self.mask_documents:
             begin = torch.where(idx == self.cfg.document_token, t, begin)
-            docs = (begin,)
+            age = (t - begin,)
 
         def run(i, x, v1):
             if v1 is not None:
                 v1 = v1[:, 0]
-            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *docs)
+            x, states[i] = self.blocks[i].step(x[:, 0], states[i], v1, *age)
             return x[:, None]
 
         h = self.trunk(idx[:, None], t - begin[:, None], run)

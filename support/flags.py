@@ -12,7 +12,8 @@ import re
 import shutil
 import sys
 from dataclasses import fields
-from typing import NamedTuple
+
+from support.stages import check_stages, stages_of
 
 # What a number may be, (lowest, highest): no real model reaches the highest sizes, and beyond them
 # torch hangs or overflows.
@@ -191,50 +192,10 @@ def check_sizes(cfg, used: set[str]):
     if int(cfg.mlp_ratio * cfg.n_embd) < 1:
         raise ValueError(f"--mlp_ratio {cfg.mlp_ratio} of {cfg.n_embd} channels is a hidden width "
                          "of 0: raise one of them")
-    most = max(T * B for _, T, B in cfg.staged) * cfg.grad_accumulation_steps
+    most = max(stage.T * stage.B for stage in stages_of(cfg)) * cfg.grad_accumulation_steps
     if most > LARGEST_STEP:
         raise ValueError(f"{most:,} tokens a step, at most {LARGEST_STEP:,} can be: lower "
                          "--batch_size or --grad_accumulation_steps")
-
-
-class Stage(NamedTuple):
-    """Steps that share the sizes of their batches."""
-    until: int                                       # the first step behind it
-    T: int                                           # tokens a row
-    B: int                                           # rows a micro-batch
-
-
-def parse_stages(words: str) -> list[Stage]:
-    """"256x32@500,512x16@800" -> stages: rows of 256 tokens, 32 to a micro-batch until step 500."""
-    stages = []
-    for word in filter(None, words.split(",")):
-        found = re.fullmatch(r"(\d{1,8})x(\d{1,8})@(\d{1,10})", word)
-        if not found or not all(map(int, found.groups())):
-            raise ValueError(f"--stages {words}: {word!r} is not tokens x rows @ step, as in "
-                             "256x32@500")
-        T, B, until = map(int, found.groups())
-        stages.append(Stage(until, T, B))
-    return stages
-
-
-def check_stages(cfg):
-    """Refuse stages that end in no order, and rows that do not make whole windows."""
-    T = cfg.sequence_length
-    before = 0
-    for until, length, rows in cfg.staged[:-1]:
-        name = f"--stages {length}x{rows}@{until}"
-        if not before < until < cfg.num_iterations:
-            raise ValueError(f"{name}: must end behind step {before}, where the stage before does, "
-                             f"and before the run's end at {cfg.num_iterations}")
-        # The longest rows say on which grid kernels live.
-        if T % length:
-            raise ValueError(f"{name}: rows of {T}, the --sequence_length, must be a multiple of "
-                             f"{length} tokens long")
-        tokens = length * rows * cfg.grad_accumulation_steps
-        if tokens % T:
-            raise ValueError(f"{name}: a step of {tokens:,} tokens is not a whole number of windows "
-                             f"of {T}: change the number of rows")
-        before = until
 
 
 def check_ramps(cfg, used: set[str]):

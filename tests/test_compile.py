@@ -61,6 +61,8 @@ def cases():
     yield "run_nanoformer.sh", "padded", []
     for name in ("run_attn.sh", "run_fan.sh", "run_nanoformer.sh diff", "run_nanoformer.sh ngpt"):
         yield name, "packed", []
+    yield "run_afno.sh", "packed", ["--mixer", "afno,attn", "--afno_taps", "16", "--short_conv",
+                                    "--output_conv"]
     yield "run_nanoformer.sh", "packed", ["--recompute", "block", "--window", "20"]
     yield "run_fan.sh", "windows", ["--recompute", "cola", "--window", "20,0"]
     yield "run_afno.sh", "windows", ["--stages", "16x16@5,32x8@10"]
@@ -175,6 +177,8 @@ PARTS = [
      "residual": "gated", "mlp": "swiglu", "recompute": "cola"},
     {"mixer": "attn", "value_residual": True, "x0_shortcut": True, "unet_skips": True,
      "recompute": "block", "mlp": "fan"},
+    {"mixer": "afno,attn", "afno_taps": 16, "short_conv": True, "output_conv": True,
+     "value_residual": True, "batches": "packed", "document_token": 7},
 ]
 
 

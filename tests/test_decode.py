@@ -28,6 +28,8 @@ CASES = {row: dict(mixer=row) for row in MIXERS} | {
     "output convolutions": dict(mixer="afno,attn", output_conv=True, afno_taps=9),
     "learned positions": dict(mixer="afno,attn", pos="learned", short_conv=True),
     "documents": dict(mixer="attn", batches="packed", document_token=1, window=30),
+    "packed convolutions": dict(mixer="afno,attn", batches="packed", document_token=1, afno_taps=9,
+                                short_conv=True, output_conv=True, value_residual=True),
 }
 
 

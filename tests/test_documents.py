@@ -1,5 +1,5 @@
 """Documents: padded, packed and alone they have the same losses; windows and document masks against
-dense masks."""
+dense masks; nothing crosses a document's start."""
 
 import math
 from itertools import combinations
@@ -11,14 +11,22 @@ import torch
 import torch.nn.functional as F
 
 from attention import flex, visible
+from support import masked
 from support.documents import Padded, best_widths, document_token
+from support.masked import document_conv, short_document_conv
 from tests.checks import awake
 from train_gpt2 import GPT, MIXERS, Config, Packed, build, main, parse
 
 START, V, T = 7, 24, 64
 MASKING = dict(attn=dict(mixer="attn"), gqa=dict(mixer="attn", n_kv_head=2), fan=dict(mixer="fan"),
                diff=dict(mixer="diff"), diff_v2=dict(mixer="diff_v2"),
-               ngpt=dict(mixer="ngpt", head_norm="qk"), window=dict(mixer="attn", window=5))
+               ngpt=dict(mixer="ngpt", head_norm="qk"), window=dict(mixer="attn", window=5),
+               conv=dict(mixer="attn", short_conv=True, n_kv_head=2),
+               diff_v2_conv=dict(mixer="diff_v2", short_conv=True),
+               afno=dict(mixer="afno", afno_taps=9, afno_num_blocks=2),
+               banded=dict(mixer="afno", afno_taps=32, afno_backend="banded", afno_num_blocks=2),
+               hybrid=dict(mixer="afno,attn", afno_taps=9, afno_num_blocks=2, short_conv=True,
+                           output_conv=True, value_residual=True, x0_shortcut=True))
 SIZES = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=V, sequence_length=T)
 
 
@@ -50,13 +58,17 @@ def rows_of(cls, docs, batch_size=2, **sizes):
         seed=3,
         document_token=START,
         tokens_per_step=batch_size * T,
+        num_iterations=10,
+        stages="",
     )
     vars(cfg).update(sizes)
     return cls({"s": np.concatenate(docs).astype(np.uint16)}, cfg)
 
 
-@pytest.mark.parametrize("case", MASKING)
-@pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal", "none"])
+# Rotary positions are attention's: without any, none is none.
+@pytest.mark.parametrize("pos, case", [
+    (pos, case) for pos in ("rope", "learned", "sinusoidal", "none") for case in MASKING
+    if pos != "none" or case not in ("afno", "banded")])
 def test_padded_packed_and_alone_have_the_same_losses(case, pos):
     # 64 tokens: one packed row, with the token that ends them
     docs = documents(9, 30, 3, 22)
@@ -76,6 +88,124 @@ def test_padded_packed_and_alone_have_the_same_losses(case, pos):
     assert (together[padded[:, 1:] >= 0] - packed).abs().max() < 1e-10
     # the mask does matter
     assert (losses(free, joined[None])[0] - packed).abs().max() > 1e-3
+
+
+@pytest.fixture(params=["eager", "traced"])
+def way(request, monkeypatch):
+    """Either way of masked.py: documents laid apart, and what compilers see."""
+    monkeypatch.setattr(masked, "traced", lambda x: request.param == "traced")
+
+
+@pytest.mark.parametrize("case", ["conv", "diff_v2_conv", "afno", "banded", "hybrid"])
+def test_a_packed_rows_gradients_are_those_of_its_documents(case, way):
+    docs = documents(9, 30, 3, 1, 21)
+    joined = torch.from_numpy(np.concatenate([*docs, [START]]))
+    packed = model(**MASKING[case], batches="packed", document_token=START)
+    free = model(**MASKING[case])
+    ours = losses(packed, joined[None]).sum()
+    theirs = sum(losses(free, torch.from_numpy(np.append(doc, START))[None]).sum() for doc in docs)
+    assert abs(ours - theirs) < 1e-10
+    grads = (torch.autograd.grad(loss, list(gpt.parameters()))
+             for loss, gpt in ((ours, packed), (theirs, free)))
+    for (name, _), a, b in zip(packed.named_parameters(), *grads):
+        assert (a - b).abs().max() <= 1e-10 * b.abs().max(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["conv", "afno", "banded", "hybrid"])
+def test_documents_and_rows_are_blind_to_one_another_bit_for_bit(case, way):
+    """In fp32: other words in one document move no bit of another, nor do tokens that follow, even
+    where a document starts among them, nor other rows."""
+    gpt = model(**MASKING[case], batches="packed", document_token=START).float()
+    rows = [documents(9, 30, 3, 22), documents(40, 24, seed=1)]
+    idx = torch.from_numpy(np.stack([np.concatenate(row) for row in rows]))
+    y = gpt(idx)
+    for begin, end in ((0, 9), (9, 39), (39, 42), (42, 64)):
+        other = idx.clone()
+        # all but the token that starts it
+        other[0, begin + 1:end] = (idx[0, begin + 1:end] - START) % (V - 1) + START + 1
+        other %= V
+        assert not (other[0, begin + 1:end] == START).any()
+        z = gpt(other)
+        outside = torch.ones(T, dtype=torch.bool)
+        outside[begin:end] = False
+        assert torch.equal(z[0, outside], y[0, outside]) and torch.equal(z[1], y[1])
+        assert not torch.equal(z[0, begin:end], y[0, begin:end])
+    for cut in (1, 8, 30, 63):
+        other = idx.clone()
+        tail = np.concatenate(documents(1, 1, 1, T, seed=cut))
+        other[0, cut:] = torch.from_numpy(tail)[:T - cut]
+        z = gpt(other)
+        assert torch.equal(z[0, :cut], y[0, :cut]) and torch.equal(z[1], y[1])
+        assert (gpt(idx[:, :cut]) - y[:, :cut]).abs().max() < 1e-5
+
+
+def ages(*rows):
+    """Lengths of the documents of rows -> (B, T)"""
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+
+
+def convolved(x, w, age):
+    """Tap by tap, token by token; the last row of w (M, C) is lag 0."""
+    columns = []
+    for b, row in enumerate(age.tolist()):
+        for t, since in enumerate(row):
+            lags = range(min(len(w), since + 1))
+            columns.append(sum(x[b, t - lag] * w[-1 - lag] for lag in lags))
+    return torch.stack(columns).view_as(x)
+
+
+AGES = ages((1, 2, 5, 12), (20,), (7, 1, 1, 1, 10))
+
+
+@pytest.mark.parametrize("M", [1, 4, 9, 20])
+def test_masked_convolutions_against_loops(M, way):
+    """Values and gradients: AFNO's, one kernel for several channels; the short one, and with v1."""
+    torch.manual_seed(0)
+    x, more, h, w, dy = (torch.randn(*size, dtype=torch.float64, requires_grad=True)
+                         for size in ((3, 20, 6), (3, 20, 2), (2, M), (M, 6), (3, 20, 6)))
+    pairs = {
+        (x, h): (document_conv(x, h, AGES),
+                 convolved(x, h.flip(1).repeat_interleave(3, 0).T, AGES)),
+        (x, w): (short_document_conv(x, w, None, AGES), convolved(x, w, AGES)),
+        (x, w, more): (short_document_conv(x, w, more, AGES),
+                       convolved(x + F.pad(more, (4, 0)), w, AGES)),
+    }
+    for inputs, (ours, theirs) in pairs.items():
+        assert (ours - theirs).abs().max() < 1e-12
+        grads = (torch.autograd.grad(y, inputs, dy) for y in (ours, theirs))
+        for a, b in zip(*grads):
+            assert (a - b).abs().max() < 1e-12
+
+
+def test_gradcheck_of_the_masked_convolution():
+    x, w = (torch.randn(*size, dtype=torch.float64, requires_grad=True)
+            for size in ((3, 20, 2), (5, 2)))
+    torch.autograd.gradcheck(lambda x, w: masked.MaskedCausalConv.apply(x, w, AGES), (x, w))
+
+
+REACHES = masked.reaches
+LAYOUT = masked.layout
+FAULTS = {
+    "a tap too many": ("traced", "reaches", lambda age, lag: REACHES(age + 1, lag)),
+    "a tap too few": ("traced", "reaches", lambda age, lag: REACHES(age, lag + 1)),
+    "a zero too few": ("eager", "layout", lambda age, gap: LAYOUT(age, gap - 1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_mask_off_by_one_is_found(fault, monkeypatch):
+    way, name, wrong = FAULTS[fault]
+    monkeypatch.setattr(masked, "traced", lambda x: way == "traced")
+    monkeypatch.setattr(masked, name, wrong)
+    for check in (test_padded_packed_and_alone_have_the_same_losses,
+                  test_documents_and_rows_are_blind_to_one_another_bit_for_bit):
+        # A tap too few shows nothing of others.
+        if fault == "a tap too few" and "blind" in check.__name__:
+            continue
+        arguments = ("afno", "rope") if "alone" in check.__name__ else ("afno", None)
+        with pytest.raises(AssertionError):
+            check(*arguments)
 
 
 @pytest.mark.parametrize("row", MIXERS)
@@ -236,19 +366,28 @@ def test_packed_rows_are_windows_and_mark_no_padding():
         ("--batches padded --document_token 0", "no document starts with token 0"),
         (
             "--batches packed --document_token 10 --mixer afno",
+            "afno as set here cannot keep documents apart; .* --afno_taps 16: take these, or "
+            "--batches padded",
+        ),
+        (
+            "--batches packed --document_token 10 --mixer afno,attn --afno_taps 0,16",
             "afno as set here cannot keep documents apart",
         ),
         (
-            "--batches packed --document_token 10 --mixer attn --short_conv",
-            "attn as set here cannot keep documents apart",
+            "--batches packed --document_token 10 --mixer afno --afno_taps 33",
+            "afno as set here cannot keep documents apart",
+        ),
+        (
+            "--batches packed --document_token 10 --mixer afno --afno_taps 16 --afno_backend fft",
+            "afno as set here cannot keep documents apart",
         ),
         (
             "--batches packed --document_token 10 --mixer attn,gdn",
             "gdn as set here cannot keep documents apart",
         ),
         (
-            "--batches packed --document_token 10 --mixer attn --output_conv",
-            "a convolution cannot keep documents apart",
+            "--batches packed --document_token 10 --mixer fftnet",
+            "fftnet as set here cannot keep documents apart",
         ),
         ("--document_token 10", "--document_token has no effect here"),
         ("--batches padded --no-shuffle", "--batches padded with --shuffle False"),
@@ -285,12 +424,17 @@ def test_the_vocabulary_of_the_shards_names_the_token():
     assert document_token(cfg, shards, 256) == 151643
 
 
-@pytest.mark.parametrize("batches", ["padded", "packed"])
-def test_a_run_learns_from_documents(tmp_path, batches, capsys):
+HYBRID = "afno,attn --afno_taps 16 --short_conv --output_conv --n_layer 2"
+
+
+@pytest.mark.parametrize("batches, mixer",
+                         [("padded", "attn"), ("packed", "attn"), ("packed", HYBRID)])
+def test_a_run_learns_from_documents(tmp_path, batches, mixer, capsys):
     """Lines of Shakespeare as documents; the estimate counts them first."""
     flags = (
-        f"--mixer attn --batches {batches} --document_token 10 --n_layer 1 --n_head 2 --n_embd 32 "
-        f"--sequence_length 64 --num_iterations 40 --val_tokens 4096 --output_dir {tmp_path}"
+        f"--n_layer 1 --mixer {mixer} --batches {batches} --document_token 10 --n_head 2 "
+        f"--n_embd 32 --sequence_length 64 --num_iterations 40 --val_tokens 4096 "
+        f"--output_dir {tmp_path}"
     ).split()
     main(parse([*flags, "--estimate"]))
     assert ("documents of" in capsys.readouterr().out) == (batches == "padded")

@@ -100,6 +100,8 @@ def test_the_future_does_not_move_a_bit_of_the_past(knobs, compiled):
         dict(batches="packed", document_token=7, window=300),
         dict(row="ngpt", batches="packed", document_token=7),
         dict(batches="packed", document_token=7, recompute="block"),
+        dict(row="afno,attn", afno_taps=16, short_conv=True, output_conv=True, batches="packed",
+             document_token=7),
         dict(window=100, linear="cola", recompute="cola"),
     ],
     ids=str,
