@@ -3,6 +3,7 @@
     python bench.py gdn                         # the delta rule in chunks, token by token, theirs
     python bench.py mixers --shortest 256       # every row of MIXERS, as a ratio to attention, by T
     python bench.py cores --plot cores.png      # AFNO's convolution to attention's kernel, by T
+    python bench.py cores --tokens 32768 --sequence_length 32768      # as many tokens in every call
     python bench.py parts                       # where an attention and an AFNO layer spend theirs
     python bench.py scaling --mixer fftnet,attn # as many tokens in longer rows: linear or not?
     python bench.py compiled --mixer gdn        # by torch.compile and without, in longer rows
@@ -11,7 +12,9 @@
 
 Milliseconds, forward and backward (decode: forward), minimum and median over the repeats; trust the
 ratios, not the times. Tokens a second by the minimum; MiB is the most memory that a call had live
-at once. On CUDA under bf16 autocast, as in training. A new bench is a function that returns
+at once. On CUDA under bf16 autocast, as in training. With --tokens every call has as many, in more
+rows where they are shorter: a row of 1,024 alone stays in a CPU's cache, one of 32,768 does not,
+and what is asked is the length's cost. A new bench is a function that returns
 {contender: callable} and a row of BENCHES; names end in ", T n" where rows of several lengths are
 compared.
 """
@@ -100,10 +103,15 @@ def lengths(args) -> list[int]:
     return [first * 2**n for n in range(doublings)]
 
 
+def rows_of(args, T: int) -> int:
+    """How many rows of T tokens a call has."""
+    return args.tokens // T or args.batch_size
+
+
 def mixers(args, device):
-    """Every row of MIXERS on (batch_size, T, n_embd); attention of that length is 1.00."""
+    """Every row of MIXERS on (rows, T, n_embd); attention of that length is 1.00."""
     rows = sorted(MIXERS, key=lambda row: row != "attn")
-    return {f"{row}, T {T}": passes(row, args.batch_size, T, args, device)
+    return {f"{row}, T {T}": passes(row, rows_of(args, T), T, args, device)
             for T in lengths(args) for row in rows}
 
 
@@ -113,12 +121,12 @@ def cores(args, device):
     Causal attention in heads of 64 channels; AFNO's convolution with 16 channels a kernel, of all
     taps and of 16, as --afno_backend auto has it.
     """
-    B = args.batch_size
     C = args.n_embd
     if C % 64:
         raise ValueError(f"{C} channels do not split into heads of 64: change --n_embd")
     contenders = {}
     for T in lengths(args):
+        B = rows_of(args, T)
         heads = [torch.randn(B, C // 64, T, 64, device=device, requires_grad=True)
                  for _ in range(3)]
         u = torch.randn(B, T, C, device=device, requires_grad=True)
@@ -264,7 +272,7 @@ BENCHES = {"gdn": gdn, "mixers": mixers, "cores": cores, "parts": parts, "scalin
            "compiled": compiled, "models": models, "decode": decode}
 # Whose times of the same length are the base, where it is not the first row.
 BASES = {"cores": "attention", "mixers": "attn"}
-# How many tokens a call has, where it is not batch_size rows of T.
+# How many tokens a call has, where it is not rows_of(args, T) rows of T.
 TOKENS = {"scaling": lambda args, T: 8 * args.batch_size * args.sequence_length,
           "decode": lambda args, T: 512 * args.batch_size}
 
@@ -273,24 +281,33 @@ def precision(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+# Seconds that a call takes which is not repeated.
+SLOW = 5
+
+
 def measure(contenders, repeats, device):
     """{name: milliseconds of each repeat}, interleaved.
 
     An untimed call comes before each timed one: else a contender also pays for the memory that the
-    last one gave back.
+    last one gave back. One of SLOW seconds would not feel that, and is the only one.
     """
     times = {name: [] for name in contenders}
+    slow = set()
     for _ in range(repeats):
         for name, run in contenders.items():
-            for timed in (False, True):
+            for timed in (False, True) if name not in slow else ():
                 start = time.perf_counter()
                 with precision(device):
                     run()
                 if device.type != "cpu":
                     getattr(torch, device.type).synchronize()
-                if timed:
+                seconds = time.perf_counter() - start
+                if seconds > SLOW:
+                    slow.add(name)
+                if timed or name in slow:
                     n = run.n if isinstance(run, Share) else 1
-                    times[name].append(1e3 * n * (time.perf_counter() - start))
+                    times[name].append(1e3 * n * seconds)
+                    break
     return times
 
 
@@ -322,7 +339,7 @@ def draw(times, path: str):
         for (row, points), colour in zip(curves.items(), cycle(plot.COLOURS)):
             axes.plot(*zip(*points), color=colour, linewidth=2.2, marker="o")
             axes.annotate(f"  {row}", points[-1], color=colour, weight="bold", va="center")
-        axes.set(xlabel="tokens a row", ylabel="ms, forward and backward", yscale="log")
+        axes.set(xlabel="tokens a row", ylabel="ms a call, forward and backward", yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks([T for T, _ in points], [f"{T:,}" for T, _ in points])
         axes.margins(x=0.15)
@@ -348,6 +365,9 @@ def parse(argv=None):
     parser.add_argument("--shortest", type=int, default=0,
                         help="tokens a row that lengths double from, for mixers, cores; default: "
                              "sequence_length, of cores 256")
+    parser.add_argument("--tokens", type=int, default=0,
+                        help="tokens a call of mixers, cores, in as many rows as that makes; "
+                             "default: batch_size rows of any length")
     parser.add_argument("--plot", metavar="FILE.png", default="",
                         help="draw mixers or cores, log-log")
     parser.add_argument("--device", default="cpu",
@@ -361,6 +381,11 @@ def parse(argv=None):
     if not 0 <= args.shortest <= args.sequence_length:
         parser.error(f"--shortest {args.shortest} is not between 0 and --sequence_length "
                      f"{args.sequence_length}: change one")
+    if args.tokens and bench not in BASES:
+        parser.error(f"--tokens is for {' and '.join(BASES)}, not {bench}: leave it out")
+    longest = lengths(args)[-1]
+    if args.tokens < 0 or args.tokens % longest:
+        parser.error(f"--tokens {args.tokens} is no multiple of {longest}, the longest row")
     return parser, args
 
 
@@ -377,7 +402,8 @@ def main(argv=None):
         contenders = BENCHES[args.bench](args, device)
     except ValueError as e:                  # sizes that do not fit
         parser.error(str(e))
-    print(f"{args.bench}: B {args.batch_size}, T {args.sequence_length}, C {args.n_embd}, "
+    rows = f"{args.tokens} tokens a call" if args.tokens else f"B {args.batch_size}"
+    print(f"{args.bench}: {rows}, T {args.sequence_length}, C {args.n_embd}, "
           f"H {args.n_head}, {args.repeats} repeats, {args.threads} threads, "
           f"{device_name(device)}, torch {torch.__version__}")
     print(f"{'':26}{'min ms':>10}{'median ms':>11}{'ratio':>9}{'ratio':>9}{'tok/s':>11}{'MiB':>8}"
@@ -389,7 +415,7 @@ def main(argv=None):
         base = times[f"{BASES[args.bench]}, T {T}" if args.bench in BASES else first]
         least = min(ms)
         median = statistics.median(ms)
-        tokens = TOKENS.get(args.bench, lambda args, T: args.batch_size * T)(args, T)
+        tokens = TOKENS.get(args.bench, lambda args, T: rows_of(args, T) * T)(args, T)
         rate = f"{1e3 * tokens / least:.0f}"
         # Decoding takes too long to run once more.
         memory = "" if args.bench == "decode" else f"{peak(contenders[name], device) / 2**20:.0f}"

@@ -430,6 +430,72 @@ def band(taps: int) -> int:
     return max(16, math.ceil((taps - 1) / 16) * 16)
 
 
+def overlaps(u: Tensor, w: Tensor) -> Tensor:
+    """w slid over u from one end to the other: u (B, T, C), w (G, M) -> (B, T + M - 1, C).
+
+    y_t = sum_i w_i u_{t - M + 1 + i}, where u is 0 outside of the row.
+    """
+    C = u.size(2)
+    weight = w.repeat_interleave(C // len(w), dim=0)[:, None, None]
+    # Of one row in channels_last, which is u as it lies: oneDNN then reads and writes it once.
+    image = u.contiguous().mT[:, :, None]
+    return F.conv2d(image, weight, padding=(0, w.size(1) - 1), groups=C)[:, :, 0].mT
+
+
+def put_by_place(x: Tensor, blocks: Tensor):
+    """x (B, t, C) into (G, L, n, B, C / G), by the place in a block of L; zeros fill the rest."""
+    G, L, n, B, W = blocks.shape
+    if x.size(1) < n * L:
+        x = F.pad(x, (0, 0, 0, n * L - x.size(1)))
+    blocks.copy_(x.view(B, n, L, G, W).permute(3, 2, 1, 0, 4))
+
+
+# Tokens whose part of dh is summed at a time: what they are copied to stays in the cache.
+CHUNK = 512
+
+
+class BandedConv(torch.autograd.Function):
+    """Causal convolution by few taps on a CPU, u (B, T, C), h (G, M) -> (B, T, C) in u's dtype.
+
+    Values and du are torch's depthwise convolution, in fp32 oneDNN's: one pass, bit-exactly causal.
+    Its own dh would take ten times as long as both together: here it is products of blocks, as in
+    banded_conv. Saves u and h only.
+    """
+    @staticmethod
+    def forward(ctx, u, h):
+        ctx.save_for_backward(u, h)
+        return overlaps(u, h.flip(1))[:, :u.size(1)]
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, h = ctx.saved_tensors
+        dy = dy.contiguous()
+        B, T, C = u.shape
+        G, M = h.shape
+        L = band(M)
+        du = overlaps(dy, h)[:, M - 1:]
+
+        # Written over by each chunk: first touches of new memory would cost more than the products.
+        n = min(max(1, CHUNK // (B * L)), math.ceil(T / L))
+        dy_n = u.new_empty(G, L, n, B, C // G)
+        u_n = u.new_zeros(G, L, 1 + n, B, C // G)
+        before, here = u.new_zeros(2, G, L, L)
+        for t in range(0, T, n * L):
+            put_by_place(dy[:, t:t + n * L], dy_n)
+            u_n[:, :, 0] = u_n[:, :, -1]                               # zeros before the row
+            put_by_place(u[:, t:t + n * L], u_n[:, :, 1:])
+            before.baddbmm_(dy_n.flatten(2), u_n[:, :, :-1].flatten(2).mT)
+            here.baddbmm_(dy_n.flatten(2), u_n[:, :, 1:].flatten(2).mT)
+        return du, diagonal_sums(torch.cat((before, here), dim=2))[:, :M]
+
+
+@cache
+def has_depthwise() -> bool:
+    """Whether oneDNN has a fast depthwise convolution here: on x86 with AVX2 or AVX-512."""
+    return (torch.backends.mkldnn.is_available()
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX"))
+
+
 def banded_conv(u: Tensor, h: Tensor) -> Tensor:
     """Causal convolution by kernels of few taps, u (B, T, C), h (G, M) -> (B, T, C) in u's dtype.
 
@@ -438,6 +504,13 @@ def banded_conv(u: Tensor, h: Tensor) -> Tensor:
     """
     B, T, C = u.shape
     G, M = h.shape
+    # Passes over memory cost a CPU most. In fp32 only: for some sizes in bf16 oneDNN 3.12 does not
+    # return, as for 2 rows of 100 tokens, 8 channels, 17 taps.
+    if (not torch.compiler.is_compiling() and u.device.type == "cpu" and u.dtype == torch.float32
+            and has_depthwise()):
+        with torch.autocast("cpu", enabled=False):
+            return BandedConv.apply(u, h.type_as(u))
+
     L = band(M)
     rows = toeplitz_rows(F.pad(h.type_as(u), (0, 2 * L - M)), L)       # (G, L, 2L): before, here
     x = F.pad(u, (0, 0, 0, -T % L)).view(B, -1, L, G, C // G)

@@ -1,4 +1,6 @@
 """bench.py and scripts/versus_nanogpt.py: what they print, and what they count."""
+import time
+
 import pytest
 import torch
 
@@ -24,6 +26,31 @@ def test_cores_go_by_length_and_are_drawn(tmp_path, capsys):
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_calls_of_as_many_tokens(capsys):
+    bench.main(["cores", "--n_embd", "64", "--shortest", "16", "--sequence_length", "64",
+                "--repeats", "1", "--tokens", "128"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cores: 128 tokens a call, T 64")
+    for row in (line.replace(" of 16 taps", "").split() for line in lines[2:]):
+        assert float(row[7]) == pytest.approx(1e3 * 128 / float(row[3]), rel=0.5)
+    args = bench.parse(["cores", "--tokens", "32768", "--sequence_length", "4096"])[1]
+    assert [bench.rows_of(args, T) for T in bench.lengths(args)] == [128, 64, 32, 16, 8]
+
+
+def test_what_is_slow_runs_once(monkeypatch):
+    monkeypatch.setattr(bench, "SLOW", 0.05)
+    calls = []
+
+    def slow():
+        calls.append("slow")
+        time.sleep(0.06)
+
+    times = bench.measure({"slow": slow, "fast": lambda: calls.append("fast")}, 3,
+                          torch.device("cpu"))
+    assert [calls.count(name) for name in times] == [1, 6]
+    assert [len(ms) for ms in times.values()] == [1, 3] and min(times["slow"]) >= 60
+
+
 @pytest.mark.parametrize("name, rows", [("parts", 12), ("mixers", 9), ("scaling", 4)])
 def test_a_bench_has_its_rows(name, rows, capsys):
     bench.main([name, "--n_embd", "32", "--n_head", "2", "--sequence_length", "16",
@@ -45,6 +72,8 @@ def test_parts_count_the_gradients_of_their_weights():
     (["parts", "--plot", "parts.png"], "--plot draws cores and mixers, not parts"),
     (["mixers", "--shortest", "2048"], "--shortest 2048 is not between 0 and"),
     (["mixers", "--shortest", "-1"], "--shortest -1 is not between 0 and"),
+    (["parts", "--tokens", "1024"], "--tokens is for cores and mixers, not parts"),
+    (["cores", "--tokens", "1024"], "--tokens 1024 is no multiple of 16384, the longest row"),
 ], ids=str)
 def test_bad_input_is_one_line(flags, words, capsys):
     with pytest.raises(SystemExit):

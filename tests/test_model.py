@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, GatedAttention, Rotary
-from kernels import (BACKENDS, BANDED_UP_TO, FFT_FROM, DepthwiseCausalConv, FFTConv, Muon, NormedProduct,
-                     RMSNorm, ToeplitzConv, auto_conv, banded_conv, fastest_conv, fft_conv,
-                     toeplitz_conv)
+from kernels import (BACKENDS, BANDED_UP_TO, FFT_FROM, BandedConv, DepthwiseCausalConv, FFTConv,
+                     Muon, NormedProduct, RMSNorm, ToeplitzConv, auto_conv, banded_conv,
+                     fastest_conv, fft_conv, has_depthwise, toeplitz_conv)
 from parts import NoHeadNorm, ShortConv, norm
 from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, build, build_optimizers,
@@ -137,7 +137,7 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("conv", BACKENDS.values())
+@pytest.mark.parametrize("conv", [*BACKENDS.values(), BandedConv.apply])
 @pytest.mark.parametrize("T, M", [(1, 1), (7, 7), (128, 128), (129, 129), (300, 300), (300, 1),
                                   (300, 17), (33, 18), (65, 64)])
 def test_convolution_equals_its_matrix(conv, T, M):
@@ -150,6 +150,24 @@ def test_convolution_equals_its_matrix(conv, T, M):
     assert apart(ours, plain) < 1e-12
     for a, b in zip(torch.autograd.grad(ours, (u, h), dy), torch.autograd.grad(plain, (u, h), dy)):
         assert apart(a, b) < 1e-12
+
+
+@pytest.mark.skipif(not has_depthwise(), reason="oneDNN has no depthwise convolution here")
+@pytest.mark.parametrize("T, M, C", [(5, 16, 12), (70, 4, 24), (200, 16, 64), (333, 33, 768)])
+def test_a_row_and_its_prefixes_are_convolved_to_the_same_bits(T, M, C, monkeypatch):
+    """By oneDNN, in fp32; and its gradients are those of the GEMMs that other devices take."""
+    u = torch.randn(2, T, C, requires_grad=True)
+    h = torch.randn(C // 4, M, requires_grad=True)
+    dy = torch.randn(2, T, C)
+    y = banded_conv(u, h)
+    for t in (1, T // 3, T // 2, T - 1):
+        assert torch.equal(banded_conv(u[:, :t], h), y[:, :t])
+        future = torch.cat((u[:, :t], torch.full_like(u[:, t:], math.nan)), 1)
+        assert torch.equal(banded_conv(future, h)[:, :t], y[:, :t])
+    ours = torch.autograd.grad(y, (u, h), dy)
+    monkeypatch.setattr("kernels.has_depthwise", lambda: False)
+    for a, b in zip(ours, torch.autograd.grad(banded_conv(u, h), (u, h), dy)):
+        assert apart(a, b) < 1e-5
 
 
 def test_auto_takes_the_fastest_backend(monkeypatch):
@@ -196,8 +214,10 @@ def test_the_stream_is_as_narrow_as_products(knobs):
 @pytest.mark.parametrize("T", [1, 2, 5, 8])
 def test_gradcheck_of_the_handwritten_backwards(T, monkeypatch):
     torch.autograd.gradcheck(FFTConv.apply, (draw(2, 3, 2, T), draw(3, T)))
-    monkeypatch.setattr("kernels.BLOCK", 3)                    # several blocks at these lengths
+    monkeypatch.setattr("kernels.BLOCK", 3)               # several blocks at these lengths
     torch.autograd.gradcheck(ToeplitzConv.apply, (draw(3, T, 4), draw(3, T)))
+    monkeypatch.setattr("kernels.CHUNK", 64)              # and several chunks
+    torch.autograd.gradcheck(BandedConv.apply, (draw(2, 9 * T, 4), draw(2, 1 + T)))
     torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3)))
     torch.autograd.gradcheck(DepthwiseCausalConv.apply, (draw(2, T, 3), draw(4, 3), draw(2, T, 2)))
     torch.autograd.gradcheck(NormedProduct.apply, (draw(2, T, 3), draw(2, T, 3), 0.1))
