@@ -771,3 +771,40 @@ class Muon(torch.optim.Optimizer):
         everyone = [torch.empty_like(mine) for _ in range(world)]
         dist.all_gather(everyone, mine)
         return torch.cat(everyone)[:len(updates)]
+
+
+class Lookahead(torch.optim.Optimizer):
+    """EMA-Nesterov: steps A of other optimizers start ahead of where the weights are.
+
+        x' = A(x + beta m),    m' = gamma m + (1 - gamma) (x' - x)
+
+    look() moves the weights ahead before a step's gradients, step() comes behind the other
+    optimizers'. Between steps the weights are x. beta is the group's lr, so that it falls with the
+    rates; m is kept, and during a step x, too. Source: arXiv 2605.25395.
+    """
+    # Shares of a run before and behind which nothing looks ahead, as in the records of
+    # modded-nanogpt's track 3: there 6% fewer steps.
+    BEGIN = 0.16
+    END = 0.76
+
+    def __init__(self, params, beta: float, gamma: float = 0.99):
+        super().__init__(params, dict(lr=beta, gamma=gamma))
+        self.begun = {}
+
+    @torch.no_grad()
+    def look(self, share_of_run: float):
+        for group in self.param_groups:
+            beta = group["lr"] if self.BEGIN <= share_of_run < self.END else 0.0
+            for p in group["params"]:
+                self.begun[p] = p.clone()
+                if beta and self.state[p]:
+                    p.add_(self.state[p]["mean_step"], alpha=beta)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["mean_step"] = torch.zeros_like(p)
+                state["mean_step"].lerp_(p - self.begun.pop(p), 1 - group["gamma"])

@@ -173,6 +173,7 @@ class Config:
     adam_beta2: float = 0.95                         # decay of the mean squared gradient
     adam_eps: float = 1e-8                           # added to its square root
     grad_clip: float = 0.0                           # global norm; 0 is off
+    lookahead: float = 0.0                           # EMA-Nesterov's beta, e.g. 0.6; 0: off
     muon_learning_rate: float = 0.02                 # of the matrices inside blocks
     muon_row_beta: float = 0.0                       # NorMuon: decay of rows' mean squares; 0: off
     muon_momentum: float = 0.95                      # behind its warm-up
@@ -487,7 +488,7 @@ def init_weights(model: GPT):
 
 def build_optimizers(cfg: Config, model: GPT):
     builder, _ = OPTIMS[cfg.optim]
-    return optim.complete(builder(cfg, roles(model)), model)
+    return optim.complete(builder(cfg, roles(model)), model, cfg.lookahead)
 
 
 def clip_gradients(table, cfg: Config):
@@ -938,6 +939,8 @@ def train(cfg: Config, signals) -> float | None:
 
         # One training step
         set_schedule(optimizers, where, cfg)
+        if cfg.lookahead:
+            optimizers[-1].look(where / cfg.num_iterations)
         micro_batches, predictions = next(steps)
         train_loss, pieces = backward(forward, model, micro_batches, pieces, autocast, say,
                                       buckets)

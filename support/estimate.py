@@ -169,6 +169,8 @@ def memory_estimate(cfg, model_of, shapes, roles, builder, precision: torch.dtyp
     matrices = count.get("matrix", 0) + count.get("proj", 0)
     per_matrix, per_other = builder.state_per_weight
     optimizer = per_matrix * matrices + per_other * (params - matrices)
+    if cfg.lookahead:
+        optimizer += 2 * params
     parts = {"weights and gradients": 8 * params, "optimizer": 4 * optimizer} | parts
     text = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
     return f"about {sum(parts.values()) / 2**20:,.0f} MiB ({text})"

@@ -35,7 +35,7 @@ RANGES = {
     "cola_rank": (0, 2**16), "fftnet_hidden": (0, 2**20), "gdn_chunk": (1, 2**24),
     "soap_frequency": (1, 2**31 - 1), "soap_beta": BELOW_ONE,
     "lr_start": SHARE, "lr_end": SHARE, "dropout": BELOW_ONE, "muon_momentum": BELOW_ONE,
-    "muon_row_beta": BELOW_ONE,
+    "muon_row_beta": BELOW_ONE, "lookahead": SHARE,
     "adam_beta1": BELOW_ONE, "adam_beta2": BELOW_ONE, "ademamix_beta3": (1e-6, BELOW_ONE[1]),
 }
 LIMITS = {ANY_FLOAT[1]: "finite", BELOW_ONE[1]: "below 1"}

@@ -2,13 +2,13 @@
 
 A builder turns {parameter: role} into optimizers. Every parameter has one group in one of them.
 Weight decay is decoupled and never meets vectors, lambdas, gates or kernels. Muon itself is in
-kernels.py.
+kernels.py, as is Lookahead.
 """
 from dataclasses import fields
 
 import torch
 
-from kernels import Muon
+from kernels import Lookahead, Muon
 from support.flags import listed
 
 MATRICES = ("matrix", "proj")                            # the roles inside blocks
@@ -110,14 +110,18 @@ def build_soap(cfg, table):
     return [soap, adamw(cfg, rest)]
 
 
-def complete(optimizers, model):
-    """Their groups, with their peak rates, have each of the model's parameters once."""
+def complete(optimizers, model, lookahead: float):
+    """Their groups, with their peak rates, have each of the model's parameters once; Lookahead is
+    behind them, unless its beta is 0."""
     groups = [group for opt in optimizers for group in opt.param_groups]
     owned = [p for group in groups for p in group["params"]]
     assert len(owned) == len(set(owned)), "a parameter with two optimizers"
     assert set(owned) == set(model.parameters()), "a parameter without an optimizer"
-    for group in groups:
-        group["peak_lr"] = group["lr"]
+    if lookahead:
+        optimizers = [*optimizers, Lookahead(model.parameters(), lookahead)]
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["peak_lr"] = group["lr"]
     return optimizers
 
 

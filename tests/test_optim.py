@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kernels import NS_COEFFICIENTS, Muon, newton_schulz
+from kernels import NS_COEFFICIENTS, Lookahead, Muon, newton_schulz
 from train_gpt2 import GPT, Config, build_optimizers, roles, set_schedule
 
 
@@ -166,3 +166,41 @@ def test_schedule_without_ramps():
 def test_ramps_by_share():
     cfg = config(warmup_iters=-1, warmdown_iters=-1, num_iterations=500)
     assert (cfg.warmup_steps, cfg.warmdown_steps) == (10, 300)
+
+
+def test_lookahead_is_its_equations():
+    """Around SGD, over a run whose rates fall: x' = A(x + beta m), m' = 0.99 m + 0.01 (x' - x)."""
+    torch.manual_seed(0)
+    start = torch.randn(5, dtype=torch.float64)
+    p = torch.nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([p], lr=0.1)
+    ahead = Lookahead([p], 0.6)
+    x = start.clone()
+    m = torch.zeros_like(x)
+    apart = []
+    for step in range(50):
+        beta = 0.6 * (1 - step / 50)
+        ahead.param_groups[0]["lr"] = beta
+        ahead.look(step / 50)
+        p.grad = p.detach()**3
+        sgd.step()
+        ahead.step()
+        # By hand.
+        y = x + (beta * m if 8 <= step < 38 else 0)
+        after = y - 0.1 * y**3
+        m = 0.99 * m + 0.01 * (after - x)
+        apart.append((y - x).abs().max())
+        x = after
+        assert torch.allclose(p, x, rtol=0, atol=1e-14)
+    assert [a > 0 for a in apart] == [8 <= step < 38 for step in range(50)]
+
+
+def test_lookahead_comes_last_and_follows_the_rates():
+    cfg = Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, mixer="attn", num_iterations=100,
+                 lookahead=0.5)
+    model = GPT(cfg)
+    optimizers = build_optimizers(cfg, model)
+    set_schedule(optimizers, 70, cfg)
+    assert isinstance(optimizers[-1], Lookahead)
+    assert optimizers[-1].param_groups[0]["lr"] == pytest.approx(0.25)
+    assert set(optimizers[-1].param_groups[0]["params"]) == set(model.parameters())
