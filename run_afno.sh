@@ -27,6 +27,8 @@ RACE=(
     --muon_learning_rate 0.025
     # 0.016 in a small race: records/2026-11-29_gains
     --muon_row_beta 0.95
+    # 0.008 there. Half batches early, 0.007, add nothing to it: records/2026-11-29_lookahead
+    --lookahead 0.6
     --weight_decay 0.025
     --learning_rate 0.002
     --embed_lr_scale 350
