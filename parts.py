@@ -114,7 +114,7 @@ class ShortConv(nn.Module):
             self.weight[-1] += 1.0
 
     def forward(self, x: Tensor, more: Tensor | None = None, age: Tensor | None = None) -> Tensor:
-        """more (B, T, c): what is added to the last c channels of x; age (B, T): see masked.py."""
+        """more (B, T, c) is added to x's last c channels; age (B, T): see support/masked.py."""
         conv = DepthwiseCausalConv.apply if age is None else partial(short_document_conv, age=age)
         return conv(x, self.weight.type_as(x), more)
 

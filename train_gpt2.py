@@ -2,8 +2,8 @@
 
 This file is the trainer: Config, model, schedules, the axes, the loop and its step. A sequence
 mixer is a sibling file and a row of MIXERS; parts.py holds what else a block is made of, kernels.py
-the hand-written passes and Muon. A step enters no other file: support/ has what is done before,
-beside or behind the steps, from flags and shards to log and checkpoints.
+the hand-written passes and Muon. A step enters no other file, unless convolutions meet packed
+batches (support/masked.py): support/ has what is done before, beside or behind the steps.
 Lineage: karpathy/llm.c -> KellerJordan/modded-nanogpt -> BottleCapAI/NoCap-Test (one GPU).
 
     python train_gpt2.py                                  # the embedded run: any machine, minutes
@@ -156,7 +156,7 @@ class Config:
     batch_size: int = 8                              # sequences in a micro-batch
     grad_accumulation_steps: int = 1                 # micro-batches in a step
     num_iterations: int = 1000                       # steps
-    stages: str = ""                                 # 256x32@500: such batches until that step
+    stages: str = ""                                 # 256x32@500,...: tokens x rows until a step
     schedule: str = "trapezoid"                      # of the learning rates behind warm-up
     warmup_iters: int = -1                           # linear warm-up; -1: 2% of the steps
     warmdown_iters: int = -1                         # linear warm-down; -1: 60% of the steps

@@ -219,6 +219,10 @@ def report(cfg, model, roles, memory: str, device: torch.device, data, vocab: in
     flops = flops_per_token(roles, model.blocks, cfg.sequence_length)
     product = (f"{cfg.tokens_per_step:,} = {cfg.batch_size} x {cfg.sequence_length} x "
                f"{cfg.grad_accumulation_steps}")
+    if cfg.stages:
+        product = f"{step:,} on average, behind --stages {product}"
+    elif step != cfg.tokens_per_step:
+        product = f"{step:,} of {product}"
 
     length = f"{tokens:,} in {cfg.num_iterations:,} steps"
     if cfg.minutes:
@@ -229,7 +233,7 @@ def report(cfg, model, roles, memory: str, device: torch.device, data, vocab: in
         ("model", f"{cfg.n_layer} layers, {cfg.n_head} heads, {cfg.n_embd} channels, vocabulary "
                   f"{cfg.vocab_size:,}; mixer {cfg.mixer}, mlp {cfg.mlp}, optim {cfg.optim}"),
         ("parameters", f"{sum(count.values()):,} ({by_role})"),
-        ("tokens a step", product if step == cfg.tokens_per_step else f"{step:,} of {product}"),
+        ("tokens a step", product),
         ("tokens", length),
     ]
     if is_available(device.type):

@@ -92,7 +92,7 @@ def test_padded_packed_and_alone_have_the_same_losses(case, pos):
 
 @pytest.fixture(params=["eager", "traced"])
 def way(request, monkeypatch):
-    """Either way of masked.py: documents laid apart, and what compilers see."""
+    """Either way of support/masked.py: documents laid apart, and what compilers see."""
     monkeypatch.setattr(masked, "traced", lambda x: request.param == "traced")
 
 

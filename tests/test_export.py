@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -43,6 +43,8 @@ CASES = {
     "afno": (OWN, dict(mixer="afno", output_conv=True)),
     "hybrid": (OWN, dict(mixer="afno,attn", value_residual=True, x0_shortcut=True, unet_skips=True,
                          short_conv=True, window=(0, 9))),
+    "packed": (OWN, dict(mixer="afno,attn", afno_taps=16, short_conv=True, output_conv=True,
+                         batches="packed", document_token=7)),
     "fan": (OWN, dict(mixer="fan", head_norm="qkv", linear="cola", norm="hybrid_star", mlp="swiglu",
                       residual="gated", tie_embeddings=True, n_kv_head=1)),
     "gdn hybrid": (OWN, dict(mixer="gdn,fan", n_kv_head=1, mlp="polynorm_gated", norm="lns",
@@ -304,6 +306,12 @@ def test_a_damaged_export_is_refused(exports, tmp_path, case):
 
 # --------------------------------------------------------------------------------------------------
 # --init_from
+
+def test_how_a_run_trains_is_its_own():
+    """None of the fields below "Optimization" is a setting of the model."""
+    names = [f.name for f in fields(Config)]
+    assert not {*names[names.index("optim"):]} - exported.OF_TRAINING
+
 
 @pytest.mark.parametrize("mixer, exported", [("attn", False), ("attn", True), ("afno", True)])
 def test_training_starts_from_weights(tmp_path, shards, mixer, exported):

@@ -491,4 +491,8 @@ def test_an_estimate_takes_the_largest_stage(capsys):
         return capsys.readouterr().out
     one = re.search(r"memory .*", lines())[0]
     assert re.search(r"memory .*", lines("--stages=8x2@1"))[0] == one
-    assert re.search(r"memory .*", lines("--stages=8x64@1"))[0] != one
+    larger = lines("--stages=8x64@1")
+    assert re.search(r"memory .*", larger)[0] != one
+    tokens = re.search(r"\ntokens a step +([\d,]+) on average, behind --stages ([\d,]+) = ", larger)
+    average, later = (int(number.replace(",", "")) for number in tokens.groups())
+    assert average > later

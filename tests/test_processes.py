@@ -4,10 +4,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import train_gpt2
 from support import processes
 from support.processes import Buckets, compiler
 from tests.runs import TINY, checkpoint_loss, knobs_of, same_run, train, train_in_processes
-import train_gpt2
 from train_gpt2 import GPT, OPTIMS, Config, backward
 
 

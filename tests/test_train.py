@@ -66,8 +66,8 @@ def test_log_is_complete(shards, tmp_path):
     text = (folder / "log.txt").read_text()
     parts = (
         "train_gpt2 attention afno fan deltanet diff fftnet ngpt parts kernels support/batches "
-        "support/flags support/machine support/processes support/shards support/log "
-        "support/checkpoint"
+        "support/flags support/machine support/masked support/processes support/shards "
+        "support/stages support/log support/checkpoint"
     )
     sources = gzip.decompress((folder / "sources.txt.gz").read_bytes()).decode()
     assert len(text) < 10_000 and text.startswith("=== config\n")
