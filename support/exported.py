@@ -225,7 +225,7 @@ OF_TRAINING = checkpoint.FREE | {
     "num_iterations", "stages", "schedule", "warmup_iters", "warmdown_iters", "lr_start", "lr_end",
     "learning_rate", "embed_lr_scale", "head_lr_scale", "vector_lr_scale", "kernel_lr_scale",
     "lambda_lr_scale", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "grad_clip",
-    "muon_learning_rate", "muon_row_beta", "muon_momentum", "muon_momentum_warmup",
+    "muon_learning_rate", "muon_row_beta", "muon_momentum", "muon_momentum_warmup", "lookahead",
     "ademamix_alpha", "ademamix_beta3", "ademamix_warmup", "soap_beta", "soap_frequency", "minutes",
     "seed", "dtype", "val_tokens",
 }
