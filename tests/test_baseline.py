@@ -26,7 +26,7 @@ BASELINE = dict(
     optim="adamw", learning_rate=0.0018, embed_lr_scale=1.0, head_lr_scale=1.0,
     adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.1, grad_clip=0.0,
     schedule="trapezoid", warmup_iters=256, warmdown_iters=1024, lr_start=0.0, lr_end=0.0,
-    batch_size=16, grad_accumulation_steps=32, num_iterations=4768, stages="",
+    batch_size=16, grad_accumulation_steps=32, num_iterations=4768, stages="", lookahead=0.0,
     batches="windows", shuffle=False, recompute="none", val_tokens=1_048_576, val_loss_every=128,
     target_val_loss=3.3821, seed=0, compile=None, dtype="auto",
 )
