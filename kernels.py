@@ -807,4 +807,5 @@ class Lookahead(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["mean_step"] = torch.zeros_like(p)
-                state["mean_step"].lerp_(p - self.begun.pop(p), 1 - group["gamma"])
+                # Where nothing looked ahead it counts as a step that went nowhere.
+                state["mean_step"].lerp_(p - self.begun.pop(p, p), 1 - group["gamma"])

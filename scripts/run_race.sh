@@ -150,6 +150,7 @@ if [[ $run_race ]]; then
     as_last_process "$python" "$trainer" "${race_flags[@]}" --estimate >/dev/null
     has tiktoken huggingface_hub || install tiktoken huggingface-hub
     if ((${#vocab[@]} > 0)); then
+        # shellcheck disable=SC2153  # the script that sources this one sets it
         run "$python" "${here}data/fineweb.py" "$SHARDS" --repo "$REPO" --out "$here$DATA"
     fi
     flags=(${shards[@]+"${shards[@]}"} "${RACE[@]}" "$@")
@@ -183,6 +184,7 @@ run "${launch[@]}" "$trainer" "${flags[@]}"
 ((NODE_RANK == 0)) || exit 0             # the checkpoint is there
 echo "a sample:"
 if [[ $resume == auto ]]; then           # which went on wrote last
+    # shellcheck disable=SC2012  # by time, which find cannot do everywhere
     checkpoint=$(ls -t "${out:-.}"/*/model.pt | head -n 1)
 fi
 run "$python" "${here}sample.py" "$checkpoint"

@@ -101,6 +101,9 @@ def state_bytes(cfg, model):
         p.grad = torch.empty_like(p)
     total = 2 * sum(4 * p.numel() for p in model.parameters())
     for opt in build_optimizers(cfg, model):
+        if hasattr(opt, "look"):
+            opt.look(0.5)
+            total += 4 * numbers(opt.begun)
         opt.step()
         total += 4 * sum(numbers(state) for state in opt.state.values())
     return total

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Lines.
-CAPS = {"train_gpt2.py": 1000, "parts.py": 490, "kernels.py": 815, "bench.py": 430,
+CAPS = {"train_gpt2.py": 1000, "parts.py": 490, "kernels.py": 820, "bench.py": 430,
         "race.py": 285, "export.py": 285, "support/flags.py": 325, "support/checkpoint.py": 290}
 OTHERS = 280
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]
