@@ -1,8 +1,9 @@
 """Hand-written forward and backward passes: each does less work than autograd's own, or holds less.
 
 Linear cross-entropy without whole logits, squared ReLU, RMSNorm, causal convolutions (short and
-depthwise, or as long as the sequence by FFT or by Toeplitz GEMMs), the gated delta rule in chunks.
-The tests hold each against a plain twin. Behind them stands Muon, the other numerics of a step.
+depthwise, of few taps by bands, as long as the sequence by FFT or Toeplitz GEMMs), the gated delta
+rule in chunks. The tests hold each against a plain twin. Behind them stand Muon and Lookahead, the
+other numerics of a step.
 
 Letters: B batch, T time, C channels, G kernels (each filters C/G channels), K columns of a GEMM,
 M tokens, V vocabulary.
@@ -459,7 +460,7 @@ class BandedConv(torch.autograd.Function):
 
     Values and du are torch's depthwise convolution, in fp32 oneDNN's: one pass, bit-exactly causal.
     Its own dh would take ten times as long as both together: here it is products of blocks, as in
-    banded_conv. Saves u and h only.
+    banded_conv. Saves u and h only. Differentiable once.
     """
     @staticmethod
     def forward(ctx, u, h):
@@ -468,6 +469,7 @@ class BandedConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        only_once("AFNO's convolution by few taps")
         u, h = ctx.saved_tensors
         dy = dy.contiguous()
         B, T, C = u.shape

@@ -55,7 +55,7 @@ from support.decode import BlockDecoding, Decoding
 from support.documents import Padded, fill
 from support.estimate import estimate, utilisation
 from support.exported import start_from
-from support.flags import check_settings, check_words, listed, make_parser, readers
+from support.flags import check_settings, check_words, listed, make_parser, read_flags, readers
 from support.log import Log, NoLog, opening, summary
 from support.metrics import hit_rate, per_byte, results
 from support.processes import (Buckets, join_processes, leave_processes, process_numbers, restarted,
@@ -273,17 +273,7 @@ SYNONYMS = {"fan_ratio": ["--p"]}
 def parse(argv: list[str] | None = None) -> Config:
     """Command line -> Config. What is wrong with it is one line on stderr and exit code 1."""
     parser = make_parser(Config, CHOICES, KNOBS, SYNONYMS)
-    typed = parser.typed(sys.argv[1:] if argv is None else argv)
-    try:
-        cfg = Config(**typed)
-    except ValueError as e:
-        parser.error(str(e))
-    if cfg.init_from and cfg.resume:
-        parser.error("--init_from with --resume: a run that goes on has its weights: drop one")
-    for name in ALWAYS_ACCEPTED:
-        if typed.get(name) and name not in cfg.fields_read():
-            parser.error(f"--{name} has no effect here, no mixer in use has heads: drop it")
-    return cfg
+    return read_flags(Config, parser, sys.argv[1:] if argv is None else argv, ALWAYS_ACCEPTED)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Our trainer and nanoGPT's on a CPU: steps in turn, and both small recipes to their ends.
 
     python scripts/versus_nanogpt.py steps             # pairs of whole steps, at four sizes
+    python scripts/versus_nanogpt.py steps --pos learned       # ours with other flags
     python scripts/versus_nanogpt.py mixers            # AFNO against our attention, in turn, by T
     python scripts/versus_nanogpt.py face --threads 2  # nanoGPT's CPU recipe, then run_afno.sh's
 
@@ -141,26 +142,26 @@ def random_shards(folder: Path, vocab: int):
     return tokens
 
 
-def steps():
+def steps(more):
     for title, (L, H, C, V, T, B, pairs) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             tokens = random_shards(Path(folder), V)
             n = WARMING + pairs + 1
             sizes = f"--n_layer {L} --n_head {H} --n_embd {C} --sequence_length {T} --batch_size {B}"
-            flags = short("run_attn.sh", False, *sizes.split())
+            flags = [*short("run_attn.sh", False, *sizes.split()), *more]
             model = NanoGPT(L, H, C, V, T)
             runs = {"ours": ours(flags, Path(folder), n),
                     "nanoGPT": theirs(Trainer(model, tokens, B, T), n)}
             compare(title, runs, pairs)
 
 
-def mixers():
+def mixers(more):
     for T in (256, 512, 1024):
         with tempfile.TemporaryDirectory() as folder:
             random_shards(Path(folder), 256)
             pairs = 60 * 256 // T
             n = WARMING + pairs + 1
-            flags = ["--sequence_length", str(T), "--batch_size", "8", "--mixer"]
+            flags = [*more, "--sequence_length", str(T), "--batch_size", "8", "--mixer"]
             runs = {"afno": ours([*flags, "afno"], Path(folder), n),
                     "attention": ours([*flags, "attn", "--short_conv"], Path(folder), n)}
             compare(f"0.9M, T {T}", runs, pairs)
@@ -187,7 +188,7 @@ def crossing(curve, target: float) -> float:
     return math.inf
 
 
-def face():
+def face(more):
     """Seconds of training, validation apart, until 1.8857; nanoGPT's may end above it."""
     texts = [np.fromfile(train_gpt2.ROOT / f"data/tinyshakespeare/{name}.bin", np.uint16)[512:]
              for name in ("train", "val")]
@@ -209,7 +210,7 @@ def face():
           + (f"after {theirs:.1f} s" if theirs < math.inf else "not reached"), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         cfg = train_gpt2.parse([*recipe("run_afno.sh", "EMBEDDED"), "--output_dir", folder,
-                                "--val_loss_every", "25"])
+                                "--val_loss_every", "25", *more])
         with contextlib.redirect_stdout(io.StringIO()) as out:
             train_gpt2.main(cfg)
     lines = out.getvalue().splitlines()
@@ -228,8 +229,9 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    args = parser.parse_args()
+    # Other flags are train_gpt2.py's, for our side.
+    args, more = parser.parse_known_args()
     torch.set_num_threads(args.threads)
     print(f"{args.mode}: {args.threads} threads, torch {torch.__version__}")
     wait_at_each_step()
-    MODES[args.mode]()
+    MODES[args.mode](more)

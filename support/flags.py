@@ -319,3 +319,21 @@ def make_parser(config, axes, knobs, synonyms) -> Parser:
             group.add_argument("--" + f.name, *synonyms.get(f.name, []),
                                help=help_text(f, field[2] or "", axes, knobs), **kind)
     return parser
+
+
+def read_flags(config, parser: Parser, argv: list[str], always):
+    """What was typed -> the dataclass; what is wrong with it ends in the parser's one line.
+
+    always: fields that may be set where nothing reads them, but not typed there.
+    """
+    typed = parser.typed(argv)
+    try:
+        cfg = config(**typed)
+    except ValueError as e:
+        parser.error(str(e))
+    if cfg.init_from and cfg.resume:
+        parser.error("--init_from with --resume: a run that goes on has its weights: drop one")
+    for name in always:
+        if typed.get(name) and name not in cfg.fields_read():
+            parser.error(f"--{name} has no effect here, no mixer in use has heads: drop it")
+    return cfg

@@ -114,7 +114,8 @@ def test_afno_with_odd_poles_or_few_taps_equals_naive(knob, backend):
     assert torch.allclose(m(x), afno_naive(m, x), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("f", [norm, lambda u: fft_conv(u, draw(1, 4))])
+@pytest.mark.parametrize("f", [norm, lambda u: fft_conv(u, draw(1, 4)),
+                               lambda u: BandedConv.apply(u, draw(1, 2))])
 def test_what_is_differentiable_once_says_so(f):
     u = draw(1, 4, 2)
     with pytest.raises(RuntimeError, match="differentiable once"):

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Lines.
-CAPS = {"train_gpt2.py": 1000, "parts.py": 490, "kernels.py": 820, "bench.py": 430,
-        "race.py": 285, "export.py": 285, "support/flags.py": 325, "support/checkpoint.py": 290}
+CAPS = {"train_gpt2.py": 990, "parts.py": 490, "kernels.py": 820, "bench.py": 430,
+        "race.py": 285, "export.py": 285, "support/flags.py": 345, "support/checkpoint.py": 290}
 OTHERS = 280
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]
 DEPENDENCIES = {"torch", "numpy", "tiktoken", "huggingface_hub"}
