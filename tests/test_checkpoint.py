@@ -208,11 +208,16 @@ LONG = dict(num_iterations=40, save_every=1, val_loss_every=10, optim="muon", dr
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_thirty_kills_at_random_moments(shards, tmp_path):
-    """Each run goes on from what the last left; half of the time is spent in saving."""
-    knobs = dict(shards, **LONG | dict(num_iterations=400))
+    """Each run goes on from what the last left; half of the time is spent in saving.
+
+    Together they take half as long as the whole run did, so that none gets to its end.
+    """
+    knobs = dict(shards, **LONG | dict(num_iterations=300))
+    start = time.perf_counter()
     _, whole = run(tmp_path / "whole", **knobs)
+    longest = (time.perf_counter() - start) / 30
     moments = random.Random(0)
-    kills = [moments.uniform(0, 0.4) for _ in range(30)] + [None]
+    kills = [moments.uniform(0, longest) for _ in range(30)] + [None]
     config = TRAIN | knobs | dict(output_dir=str(tmp_path / "cut"), run_name="", resume="auto")
     codes, errors = driven(tmp_path, [[config, kill, signal.SIGKILL] for kill in kills])
     assert codes == 30 * [-signal.SIGKILL] + [0], errors
