@@ -17,11 +17,36 @@ from parts import Linear, QKNorm, ShortConv
 # --------------------------------------------------------------------------------------------------
 # Positions inside the heads
 
+class Rotation(torch.autograd.Function):
+    """q and k, (B, H, T, D), turned by angles: cos (1 or B, 1, T, D), sin half as wide.
+
+    Their gradients are turned back (way is -1): half of autograd's passes, and neither is kept.
+    """
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, way):
+        ctx.save_for_backward(cos, sin)
+        ctx.way = way
+        return turned(q, cos, sin, way), turned(k, cos, sin, way)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return *Rotation.apply(dq, dk, *ctx.saved_tensors, -ctx.way), None, None, None
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    half = x.size(-1) // 2
+    # Stored by heads, as the products of scores read it.
+    y = torch.mul(x, cos, out=cos.new_empty(x.shape, dtype=torch.result_type(x, cos)))
+    y[..., :half].addcmul_(x[..., half:], sin, value=-way)
+    y[..., half:].addcmul_(x[..., :half], sin, value=way)
+    return y
+
+
 class Rotary(nn.Module):
     """Rotary positions (Su et al., arXiv 2104.09864), pairing the two halves of a head.
 
-    (B, H, T, D) -> same. `at` is the tokens' positions: a slice, or a row of the batch at a time,
-    (B, T). Raises ValueError for heads of an odd width.
+    q and k, (B, H, T, D) -> same. `at` is the tokens' positions: a slice, or a row of the batch at
+    a time, (B, T). Raises ValueError for heads of an odd width.
     """
     def __init__(self, dim: int, seq_len: int, base: float = 10000.0):
         super().__init__()
@@ -33,18 +58,21 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", torch.cat((-angle.sin(), angle.sin()), 1), persistent=False)
 
-    def forward(self, x: Tensor, at) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, at) -> tuple[Tensor, Tensor]:
         # The same for all heads: a dimension of size 1 in their place.
-        cos = self.cos[at].unsqueeze(-3)
-        sin = self.sin[at].unsqueeze(-3)
-        swapped = x.roll(x.size(-1) // 2, -1)
-        return torch.addcmul(x * cos, swapped, sin).type_as(x)
+        cos, sin = (table[at].unsqueeze(-3) for table in (self.cos, self.sin))
+        half = sin.size(-1) // 2
+        if torch.compiler.is_compiling():
+            turns = (torch.addcmul(x * cos, x.roll(half, -1), sin) for x in (q, k))
+        else:
+            turns = Rotation.apply(q, k, cos, sin[..., half:], 1)
+        return tuple(y.type_as(x) for y, x in zip(turns, (q, k)))
 
 
 class NoRotary(nn.Module):
     """In the place of Rotary where positions come from elsewhere, or from nowhere."""
-    def forward(self, x: Tensor, at) -> Tensor:
-        return x
+    def forward(self, q: Tensor, k: Tensor, at) -> tuple[Tensor, Tensor]:
+        return q, k
 
 
 # --------------------------------------------------------------------------------------------------
@@ -176,7 +204,7 @@ class CausalSelfAttention(nn.Module):
             v = v + v1
         q, k, v = (u.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for u in (q, k, v))
         q, k, v = self.head_norm(q, k, v)
-        return self.rotary(q, at), self.rotary(k, at), v
+        return *self.rotary(q, k, at), v
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
         """-> (B, H, T, D); x is what q, k and v were made from, for variants that need it."""
