@@ -5,6 +5,7 @@
     python bench.py cores --plot cores.png      # AFNO's convolution to attention's kernel, by T
     python bench.py cores --tokens 32768 --sequence_length 32768      # as many tokens in every call
     python bench.py parts                       # where an attention and an AFNO layer spend theirs
+    python bench.py products                    # linear layers by torch's library and by ours
     python bench.py scaling --mixer fftnet,attn # as many tokens in longer rows: linear or not?
     python bench.py compiled --mixer gdn        # by torch.compile and without, in longer rows
     python bench.py models --mixer 'attn;afno'  # whole models, small ones
@@ -32,8 +33,8 @@ import torch
 import torch.nn.functional as F
 
 from deltanet import gated_delta_rule, gated_delta_rule_naive
-from kernels import BACKENDS
-from support.machine import device_name, pick_device
+from kernels import BACKENDS, linear
+from support.machine import device_name, keep_memory, pick_device
 from train_gpt2 import GPT, MIXERS, ROOT, Config, build
 
 # A script, whose neighbours it imports by their names.
@@ -180,6 +181,19 @@ def parts(args, device):
     return whole | {name: partial(input_gradients, *part) for name, part in found.items()}
 
 
+def products(args, device):
+    """One linear layer four times as wide, and back: torch's library and kernels.linear's."""
+    x = torch.randn(args.batch_size, args.sequence_length, args.n_embd, device=device)
+    contenders = {}
+    for name, C, N in (("wider", 1, 4), ("narrower", 4, 1)):
+        u = x.repeat(1, 1, C).requires_grad_()
+        W = torch.randn(N * args.n_embd, C * args.n_embd, device=device, requires_grad=True)
+        for library, function in (("torch", F.linear), ("ours", linear)):
+            run = partial(function, W=W) if function is linear else partial(function, weight=W)
+            contenders[f"{name}, {library}"] = partial(input_gradients, run, [u], [W])
+    return contenders
+
+
 def input_gradients(function, inputs, weights=()):
     return torch.autograd.grad(function(*inputs).sum(), [*inputs, *weights])
 
@@ -269,7 +283,7 @@ def run_anew(model, idx, every):
 
 
 BENCHES = {"gdn": gdn, "mixers": mixers, "cores": cores, "parts": parts, "scaling": scaling,
-           "compiled": compiled, "models": models, "decode": decode}
+           "compiled": compiled, "models": models, "decode": decode, "products": products}
 # Whose times of the same length are the base, where it is not the first row.
 BASES = {"cores": "attention", "mixers": "attn"}
 # How many tokens a call has, where it is not rows_of(args, T) rows of T.
@@ -396,6 +410,7 @@ def main(argv=None):
     if args.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs an optional package: pip install matplotlib")
     device = pick_device(args.device, 0)
+    keep_memory(device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
-from kernels import DepthwiseCausalConv, RMSNorm, SquaredReLU
+from kernels import DepthwiseCausalConv, RMSNorm, SquaredReLU, linear
 from support.masked import short_document_conv
 
 WIDE = (torch.float32, torch.float64)
@@ -27,6 +27,11 @@ def norm(x: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.dtype in WIDE and not torch.compiler.is_compiling():
         return RMSNorm.apply(x, 1e-6)
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """Times 1 would be passes over memory, forward and backward, compiled, too."""
+    return x if factor == 1 else factor * x
 
 
 def running_mean(x: Tensor) -> Tensor:
@@ -46,13 +51,17 @@ class Linear(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
     @staticmethod
     def fused(x: Tensor, layers) -> Tensor:
         """Several layers on one input, outputs side by side: one GEMM, though Muon sees each."""
         # Weights side by side are a copy of them all: for the few tokens of decoding, too dear.
         if x.numel() < x.size(-1)**2:
             return torch.cat([layer(x) for layer in layers], dim=-1)
-        return F.linear(x, torch.cat([layer.weight for layer in layers]))
+        return linear(x, torch.cat([layer.weight for layer in layers]))
 
 
 class CoLA(nn.Module):

@@ -11,7 +11,7 @@ from afno import AFNO, afno_naive
 from attention import CausalSelfAttention, GatedAttention, Rotary
 from kernels import (BACKENDS, BANDED_UP_TO, FFT_FROM, BandedConv, DepthwiseCausalConv, FFTConv,
                      Muon, NormedProduct, RMSNorm, ToeplitzConv, auto_conv, banded_conv,
-                     fastest_conv, fft_conv, has_depthwise, toeplitz_conv)
+                     fastest_conv, fft_conv, has_depthwise, has_products, linear, toeplitz_conv)
 from parts import NoHeadNorm, ShortConv, norm
 from tests.checks import apart, awake, small
 from train_gpt2 import (GPT, MIXERS, MLPS, OPTIMS, POSITIONS, Block, Config, build, build_optimizers,
@@ -138,6 +138,47 @@ def draw(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+def inputs_of_linear(shape, N, strided):
+    x = torch.randn(*shape)
+    if strided:
+        x = torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    return x.requires_grad_(), torch.randn(N, shape[-1], requires_grad=True)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("shape, N", [((2, 3, 8), 5), ((129, 130), 1), ((4, 77, 128), 51),
+                                      ((2, 64, 256), 256), ((1, 16384), 3), ((16384, 1), 2)])
+def test_linear_is_torchs_linear(shape, N, strided):
+    """In values, gradients and second gradients; rows do not know of one another."""
+    x, W = inputs_of_linear(shape, N, strided)
+    dy = torch.randn(*shape[:-1], N)
+    results = []
+    for function, at in ((linear, (x, W)), (F.linear, (x.double(), W.double()))):
+        y = function(*at)
+        gradients = torch.autograd.grad(y, at, dy.to(y), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), at)
+        results.append([y, *gradients, *second])
+    assert max(map(apart, *results)) < 1e-5
+    with torch.no_grad():
+        assert torch.equal(linear(x, W), results[0][0])
+
+
+@pytest.mark.skipif(not has_products(), reason="needs oneDNN")
+def test_linear_takes_onednn_where_it_pays(monkeypatch):
+    """For fp32 on a CPU, with many numbers; neither compiled nor under autocast."""
+    calls = []
+    monkeypatch.setattr("kernels.product", lambda x, W: calls.append(x.dtype) or F.linear(x, W))
+    x, W = inputs_of_linear((2, 64, 128), 4, False)
+    linear(x, W).sum().backward()
+    assert calls == [torch.float32]
+    assert linear(x.double(), W.double()).dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, W).dtype == torch.bfloat16
+    linear(x[:1], W)
+    torch.compile(linear, backend="eager")(x, W)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("conv", [*BACKENDS.values(), BandedConv.apply])
 @pytest.mark.parametrize("T, M", [(1, 1), (7, 7), (128, 128), (129, 129), (300, 300), (300, 1),
                                   (300, 17), (33, 18), (65, 64)])
@@ -255,13 +296,49 @@ def test_attention_equals_naive(n_kv_head):
 
 def test_rotary_is_a_rotation_and_relative():
     rotary, (q, k) = Rotary(8, 64), torch.randn(2, 8, dtype=torch.float64)
-    Q, K = (rotary(t.expand(1, 1, 64, 8), slice(64))[0, 0] for t in (q, k))
+    Q, K = (t[0, 0] for t in rotary(*(t.expand(1, 1, 64, 8) for t in (q, k)), slice(64)))
     assert apart(Q.norm(dim=1), q.norm().expand(64)) < 1e-6
     scores = Q @ K.T
     for lag in (-20, 0, 1, 33):
         assert apart(scores.diagonal(lag), scores.diagonal(lag)[:1]) < 1e-4
     for at in (slice(5, 6), torch.tensor([[5]])):
-        assert torch.equal(rotary(q.expand(1, 1, 1, 8), at)[0, 0, 0], Q[5])
+        one = q.expand(1, 1, 1, 8)
+        assert torch.equal(rotary(one, one, at)[0][0, 0, 0], Q[5])
+
+
+@pytest.mark.parametrize("at", [slice(5), torch.tensor([[3, 4, 0, 1, 2], [0, 1, 0, 1, 2]])])
+def test_rotary_against_its_formula(at):
+    """Compiled code has the formula, else there is a backward by hand: values and gradients."""
+    rotary = Rotary(8, 16).double()
+    # Side by side, as one product gives them; of queries there are more heads.
+    z = torch.randn(2, 5, 4 * 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(4, 2, 5, 8, dtype=torch.float64)
+
+    def plain(x):
+        cos, sin = (table[at].unsqueeze(-3) for table in (rotary.cos, rotary.sin))
+        return x * cos + x.roll(4, -1) * sin
+
+    def both(turn):
+        q, k = (u.unflatten(-1, (-1, 8)).transpose(1, 2) for u in z.split((24, 8), -1))
+        q, k = turn(q, k)
+        return torch.cat((q, k), 1)
+
+    found = both(lambda q, k: rotary(q, k, at))
+    expected = both(lambda q, k: (plain(q), plain(k)))
+    assert apart(found, expected) < 1e-14
+    grads = [torch.autograd.grad((y.transpose(0, 1) * weights).sum(), z)[0]
+             for y in (found, expected)]
+    assert apart(*grads) < 1e-14
+    assert torch.autograd.gradgradcheck(lambda z: rotary(z, z, slice(5)),
+                                        z.unflatten(-1, (-1, 8)).transpose(1, 2))
+
+
+def test_rotary_of_bf16_is_rounded_once():
+    rotary = Rotary(64, 16)
+    x = torch.randn(1, 2, 16, 64).bfloat16()
+    found, _ = rotary(x, x, slice(16))
+    wide, _ = rotary(x.float(), x.float(), slice(16))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())
 
 
 @pytest.mark.parametrize("pos", POSITIONS)
