@@ -47,7 +47,7 @@ from parts import (GELU, GPAS, Add, CoLA, GatedPolyNorm, GatedResidual, HybridNo
                    LayerNormScaling, LearnedPositions, Linear, NoConv, NoHeadNorm, NoPositions,
                    PolyNormMLP, PreNorm, PrePostNorm, QKNorm, QKVNorm, ReLU2, ShortConv,
                    SinusoidalPositions, SwiGLU, check_parts, hybrid_star, keep_all, norm,
-                   recompute_block, recompute_high_rank)
+                   recompute_block, recompute_high_rank, scaled)
 from support import checkpoint, machine, optim
 from support.batches import Packed, Windows, open_batches, prepare
 from support.compile import compiled, compiles
@@ -312,10 +312,7 @@ class Block(BlockDecoding, nn.Module):
 
     def join(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The stream and the mixer branch's output -> the stream, what the MLP reads."""
-        # A factor of 1 would be a pass of its own in a compiled backward.
-        if self.scale != 1:
-            y = self.scale * y
-        return self.norm.mlp(self.residual(x, self.dropout(y), 0))
+        return self.norm.mlp(self.residual(x, self.dropout(scaled(y, self.scale)), 0))
 
     def end(self, x: Tensor, y: Tensor) -> Tensor:
         """The stream and the MLP branch's output -> the stream."""
@@ -370,7 +367,7 @@ class GPT(Decoding, nn.Module):
 
         run(i, x, v1) applies block i: to a sequence in forward, to one token in step.
         """
-        x = self.positions(self.embed_scale * self.wte(idx), at)
+        x = self.positions(scaled(self.wte(idx), self.embed_scale), at)
         if self.cfg.embed_norm:
             x = norm(x)
         x0 = x = x.to(product_dtype(x))
@@ -385,7 +382,7 @@ class GPT(Decoding, nn.Module):
             x = run(i, x, self.v_lambda[i] * v1 if v1 is not None and i > 0 else None)
             if self.skip_lambda is not None and i < L // 2:
                 skips.append(x)
-        return self.cfg.logit_scale * norm(x)
+        return scaled(norm(x), self.cfg.logit_scale)
 
     def unembed(self, h: Tensor) -> Tensor:
         return F.linear(h, self.head_gain(self.head.weight))
@@ -830,6 +827,7 @@ def train(cfg: Config, signals) -> float | None:
     if restarted() and not cfg.resume:
         cfg = replace(cfg, resume="auto")
     device = machine.pick_device(cfg.device, local_rank, only_told=cfg.estimate)
+    machine.keep_memory(device)
     precision = machine.pick_precision(cfg.dtype, device)
     autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
 
@@ -945,7 +943,8 @@ def train(cfg: Config, signals) -> float | None:
         for opt in optimizers:
             opt.step()
         model.blocks[0].norm.constrain(table)
-        model.zero_grad(set_to_none=True)
+        for p in table:
+            p.grad = None
         at["tokens"] += predictions
 
         # Stop early

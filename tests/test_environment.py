@@ -1,4 +1,5 @@
 """What a log says of the machine: the commit, and memory where the system does not tell it."""
+import platform
 import subprocess
 import sys
 
@@ -98,3 +99,27 @@ def test_a_run_in_bf16(shards, tmp_path):
     """On a CPU, by name: near the run in fp32, and not the same."""
     losses = [train(tmp_path, **shards, dtype=dtype)[0] for dtype in ("auto", "bf16")]
     assert losses[0] != losses[1] == pytest.approx(losses[0], abs=0.05)
+
+
+KEPT = """
+import resource, sys, torch
+from support.machine import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory(torch.device("cpu"))
+for n in range(9):
+    torch.ones(2**23)
+    if n == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_memory_that_was_freed_is_used_again():
+    """Else six tensors of 32 MiB touch 8,192 pages each (fewer where pages are larger)."""
+    touched = {}
+    for how in ("keep", "give back"):
+        done = subprocess.run([sys.executable, "-c", KEPT, how], cwd=machine.ROOT, check=True,
+                              capture_output=True, text=True)
+        touched[how] = int(done.stdout)
+    assert touched["keep"] < 0.1 * touched["give back"], touched
