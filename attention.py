@@ -35,8 +35,7 @@ class Rotation(torch.autograd.Function):
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
     half = x.size(-1) // 2
-    # Stored by heads, as the products of scores read it.
-    y = torch.mul(x, cos, out=cos.new_empty(x.shape, dtype=torch.result_type(x, cos)))
+    y = x * cos
     y[..., :half].addcmul_(x[..., half:], sin, value=-way)
     y[..., half:].addcmul_(x[..., :half], sin, value=way)
     return y

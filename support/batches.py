@@ -40,6 +40,7 @@ class Windows:
         self.rank = rank
         self.world = world
         self.shuffle = cfg.shuffle if shuffle is None else shuffle
+        self.drawn = None, None, 0                                     # see shuffled
         self.shards = list(shards.values())
         self.plan_stages()
 
@@ -111,6 +112,15 @@ class Windows:
         """Of the last stage that has begun."""
         return [plan for plan in self.stages if plan.start <= step][-1]
 
+    def shuffled(self, epoch: int) -> tuple[np.ndarray, int]:
+        """An epoch's order of the windows, and where in the text its first one starts."""
+        # To draw the order anew in every step would take 13 ms where there are 0.9M windows.
+        if self.drawn[0] != epoch:
+            rng = np.random.default_rng((self.cfg.seed, epoch))
+            order = rng.permutation(len(self))
+            self.drawn = epoch, order, int(rng.integers(self.cfg.sequence_length))
+        return self.drawn[1:]
+
     def batch(self, step: int) -> Tensor:
         """This process's rows of a step, (rows, T + 1), T of its stage."""
         plan = self.plan(step)
@@ -122,9 +132,8 @@ class Windows:
             windows = numbers[numbers // n == epoch] % n
             offset = 0
             if self.shuffle:
-                rng = np.random.default_rng((self.cfg.seed, epoch))
-                windows = rng.permutation(n)[windows]
-                offset = int(rng.integers(self.cfg.sequence_length))
+                order, offset = self.shuffled(epoch)
+                windows = order[windows]
             parts.append(self.read(windows, offset))
         rows = torch.from_numpy(np.concatenate(parts))
         # A piece's last target is the next one's first input.
