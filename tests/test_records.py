@@ -1,5 +1,6 @@
 """Records: tables, pictures and pages agree with the logs, and a log reads well in a browser."""
 
+import csv
 import gzip
 import hashlib
 import itertools
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -218,12 +220,28 @@ PAIR = re.compile(r"([+-]?\d\.(\d+))\s±\s(\d\.\d+)")
 PAGES = [ROOT / "README.md", ROOT / "LOG.md", *sorted(ROOT.glob("records/**/README.md"))]
 
 
+def columns(folder):
+    """Of a record's CSVs whose first columns are variant, seed: each other one, [{seed: (loss,)}].
+    """
+    for path in folder.glob("*.csv"):
+        head, *rows = csv.reader(path.read_text().splitlines())
+        if head[:2] != ["variant", "seed"]:
+            continue
+        for column in range(2, len(head)):
+            found = defaultdict(dict)
+            for row in rows:
+                found[row[0]][int(row[1])] = (float(row[column]),)
+            yield [*found.values()]
+
+
 @cache
 def differences(*names):
     """Records -> {absolute difference, standard error} of any two variants, 3 and 4 decimals."""
     known = set()
-    rows = [seeds for name in names for seeds in table.runs(ROOT / "records" / name).values()]
-    for a, b in itertools.permutations(rows, 2):
+    folders = [ROOT / "records" / name for name in names]
+    groups = [[seeds for folder in folders for seeds in table.runs(folder).values()]]
+    groups += [column for folder in folders for column in columns(folder)]
+    for a, b in itertools.chain(*(itertools.permutations(group, 2) for group in groups)):
         if found := PAIR.match(table.difference(a, b)):
             # a tie of the last digit may be rounded either way
             known |= {(f"{abs(float(found[1])) + up:.{n}f}", f"{float(found[3]) + upper:.{n}f}")
