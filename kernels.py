@@ -12,6 +12,7 @@ import functools
 import math
 from collections import defaultdict
 from functools import cache, partial
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -52,10 +53,10 @@ def linear(x: Tensor, W: Tensor) -> Tensor:
         return F.linear(x, W)
     if not x.dtype == W.dtype == product_dtype(x) == torch.float32 or not has_products():
         return F.linear(x, W)
-    return CPULinear.apply(x, W) if torch.is_grad_enabled() else product(x, W)
+    return CPULinear.apply(x, W) if torch.is_grad_enabled() else onednn_product(x, W)
 
 
-def product(x: Tensor, W: Tensor) -> Tensor:
+def onednn_product(x: Tensor, W: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.default(x, W, None, "none", [], "")
 
 
@@ -67,7 +68,7 @@ class CPULinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W):
         ctx.save_for_backward(x, W)
-        return product(x, W)
+        return onednn_product(x, W)
 
     @staticmethod
     def backward(ctx, dy):
@@ -524,15 +525,17 @@ class BandedConv(torch.autograd.Function):
         L = band(M)
         du = overlaps(dy, h)[:, M - 1:]
 
+        # Of few rows, since what lies a long row apart meets in the same places of the cache.
+        rows = math.gcd(B, max(1, CHUNK // T))
+        n = min(max(1, CHUNK // (rows * L)), math.ceil(T / L))
         # Written over by each chunk: first touches of new memory would cost more than the products.
-        n = min(max(1, CHUNK // (B * L)), math.ceil(T / L))
-        dy_n = u.new_empty(G, L, n, B, C // G)
-        u_n = u.new_zeros(G, L, 1 + n, B, C // G)
+        dy_n = u.new_empty(G, L, n, rows, C // G)
+        u_n = u.new_empty(G, L, 1 + n, rows, C // G)
         before, here = u.new_zeros(2, G, L, L)
-        for t in range(0, T, n * L):
-            put_by_place(dy[:, t:t + n * L], dy_n)
-            u_n[:, :, 0] = u_n[:, :, -1]                               # zeros before the row
-            put_by_place(u[:, t:t + n * L], u_n[:, :, 1:])
+        for b, t in product(range(0, B, rows), range(0, T, n * L)):
+            put_by_place(dy[b:b + rows, t:t + n * L], dy_n)
+            u_n[:, :, 0] = u_n[:, :, -1] if t else 0
+            put_by_place(u[b:b + rows, t:t + n * L], u_n[:, :, 1:])
             before.baddbmm_(dy_n.flatten(2), u_n[:, :, :-1].flatten(2).mT)
             here.baddbmm_(dy_n.flatten(2), u_n[:, :, 1:].flatten(2).mT)
         return du, diagonal_sums(torch.cat((before, here), dim=2))[:, :M]

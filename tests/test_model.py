@@ -167,7 +167,7 @@ def test_linear_is_torchs_linear(shape, N, strided):
 def test_linear_takes_onednn_where_it_pays(monkeypatch):
     """For fp32 on a CPU, with many numbers; neither compiled nor under autocast."""
     calls = []
-    monkeypatch.setattr("kernels.product", lambda x, W: calls.append(x.dtype) or F.linear(x, W))
+    monkeypatch.setattr("kernels.onednn_product", lambda x, W: calls.append(x.dtype) or F.linear(x, W))
     x, W = inputs_of_linear((2, 64, 128), 4, False)
     linear(x, W).sum().backward()
     assert calls == [torch.float32]
