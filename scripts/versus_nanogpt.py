@@ -28,6 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt2
 from scripts.gpu_check import short
+from support.machine import keep_memory
 from tests.nanogpt import NanoGPT, Trainer
 from tests.runs import recipe
 
@@ -232,6 +233,8 @@ if __name__ == "__main__":
     # Other flags are train_gpt2.py's, for our side.
     args, more = parser.parse_known_args()
     torch.set_num_threads(args.threads)
+    # As train_gpt2.py does; nanoGPT is to have it from its first step, too.
+    keep_memory(torch.device("cpu"))
     print(f"{args.mode}: {args.threads} threads, torch {torch.__version__}")
     wait_at_each_step()
     MODES[args.mode](more)

@@ -7,9 +7,9 @@ export OMP_NUM_THREADS=1
 python=${PYTHON:-python}
 here=records/2026-11-29_speed
 
-"$python" bench.py cores --plot $here/cores.png > $here/cores.txt
+"$python" bench.py cores --repeats 5 --plot $here/cores.png > $here/cores.txt
 "$python" bench.py cores --tokens 32768 --shortest 1024 --sequence_length 32768 \
-    --plot $here/cores_32k.png > $here/cores_32k.txt
+    --repeats 4 --plot $here/cores_32k.png > $here/cores_32k.txt
 "$python" bench.py parts > $here/parts.txt
 "$python" bench.py models --mixer "attn;afno;afno,afno,afno,attn" --n_embd 128 --n_head 4 \
     --batch_size 8 --repeats 40 --sequence_length 256 > $here/models.txt
