@@ -48,12 +48,15 @@ FEW = 2**14
 
 
 def linear(x: Tensor, W: Tensor) -> Tensor:
-    """F.linear, x (..., K), W (N, K) -> (..., N)."""
+    """F.linear, x (..., K), W (N, K) -> (..., N); in training on a CPU by oneDNN."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < FEW:
         return F.linear(x, W)
-    if not x.dtype == W.dtype == product_dtype(x) == torch.float32 or not has_products():
+    # Without gradients as other libraries have it: scores and exports are compared bit for bit.
+    if not torch.is_grad_enabled() or not has_products():
         return F.linear(x, W)
-    return CPULinear.apply(x, W) if torch.is_grad_enabled() else onednn_product(x, W)
+    if not x.dtype == W.dtype == product_dtype(x) == torch.float32:
+        return F.linear(x, W)
+    return CPULinear.apply(x, W)
 
 
 def onednn_product(x: Tensor, W: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class CPULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, W = ctx.saved_tensors
-        return linear(dy, W.T), dy.flatten(0, -2).T @ x.flatten(0, -2)
+        return CPULinear.apply(dy, W.T), dy.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ def cross_entropy_chunk(h: Tensor, W: Tensor, y: Tensor, n: Tensor, cap: float, 
     counts = y[:, None] >= 0
 
     # In place where it can be: uncompiled, new memory for the logits is dearer than their passes.
-    z = linear(h, W).to(wide)
+    z = (h @ W.T).to(wide)
     if cap:
         z = z.div_(cap).tanh_().mul_(cap)
         # Before the padding is masked: inf would make it NaN.
@@ -121,7 +124,7 @@ def cross_entropy_chunk(h: Tensor, W: Tensor, y: Tensor, n: Tensor, cap: float, 
     if cap:
         dz = dz.mul_(slope)
     dz = dz.to(h.dtype)
-    return loss, linear(dz, W.T), dz.T @ h
+    return loss, dz @ W, dz.T @ h
 
 
 def minus_at(p: Tensor, target: Tensor, share: Tensor) -> Tensor:
