@@ -61,6 +61,7 @@ class Rotary(nn.Module):
         # The same for all heads: a dimension of size 1 in their place.
         cos, sin = (table[at].unsqueeze(-3) for table in (self.cos, self.sin))
         half = sin.size(-1) // 2
+        # A compiler fuses the formula with its neighbours, and has a backward as good.
         if torch.compiler.is_compiling():
             turns = (torch.addcmul(x * cos, x.roll(half, -1), sin) for x in (q, k))
         else:

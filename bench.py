@@ -189,8 +189,7 @@ def products(args, device):
         u = x.repeat(1, 1, C).requires_grad_()
         W = torch.randn(N * args.n_embd, C * args.n_embd, device=device, requires_grad=True)
         for library, function in (("torch", F.linear), ("ours", linear)):
-            run = partial(function, W=W) if function is linear else partial(function, weight=W)
-            contenders[f"{name}, {library}"] = partial(input_gradients, run, [u], [W])
+            contenders[f"{name}, {library}"] = partial(input_gradients, function, [u, W])
     return contenders
 
 

@@ -43,7 +43,7 @@ def has_products() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-# A call of oneDNN's takes 30 us: below this many numbers MKL is done before.
+# Below this many numbers of x MKL is done before oneDNN has begun.
 FEW = 2**14
 
 
@@ -51,7 +51,7 @@ def linear(x: Tensor, W: Tensor) -> Tensor:
     """F.linear, x (..., K), W (N, K) -> (..., N); in training on a CPU by oneDNN."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() < FEW:
         return F.linear(x, W)
-    # Without gradients as other libraries have it: scores and exports are compared bit for bit.
+    # Without gradients as others have it: scores and exports are compared with theirs.
     if not torch.is_grad_enabled() or not has_products():
         return F.linear(x, W)
     if not x.dtype == W.dtype == product_dtype(x) == torch.float32:
@@ -60,13 +60,15 @@ def linear(x: Tensor, W: Tensor) -> Tensor:
 
 
 def onednn_product(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T, x (..., K), W (N, K) -> (..., N), without a graph: the op has no derivative."""
     return torch.ops.mkldnn._linear_pointwise.default(x, W, None, "none", [], "")
 
 
 class CPULinear(torch.autograd.Function):
     """x W^T by oneDNN, x (..., K), W (N, K) -> (..., N), fp32 on a CPU.
 
-    On AMD's Zen 4 it takes 5 to 20% less time than MKL's (bench.py products). dW does not.
+    On AMD's Zen 4 faster than torch's, which is MKL's: records/2026-11-29_speed/products.txt. dW
+    would not be.
     """
     @staticmethod
     def forward(ctx, x, W):

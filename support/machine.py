@@ -75,8 +75,8 @@ MALLOPT = {
 def keep_memory(device: torch.device):
     """On a CPU under glibc, let this process keep what it frees, from here on.
 
-    glibc gives large blocks back to the system, so each step would touch new pages: 5% of a step of
-    0.8M parameters, two thirds of AFNO's convolution of 32,768 tokens. Elsewhere it does nothing.
+    glibc gives large blocks back to the system, and each step would touch new pages, which costs
+    more than many a pass over memory. Elsewhere it does nothing.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return

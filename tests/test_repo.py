@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Lines.
-CAPS = {"train_gpt2.py": 990, "parts.py": 500, "kernels.py": 866, "bench.py": 445,
+CAPS = {"train_gpt2.py": 990, "parts.py": 500, "kernels.py": 870, "bench.py": 445,
         "race.py": 285, "export.py": 285, "support/flags.py": 345, "support/checkpoint.py": 290}
 OTHERS = 280
 SOURCES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]

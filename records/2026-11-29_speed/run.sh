@@ -11,6 +11,7 @@ here=records/2026-11-29_speed
 "$python" bench.py cores --tokens 32768 --shortest 1024 --sequence_length 32768 \
     --repeats 4 --plot $here/cores_32k.png > $here/cores_32k.txt
 "$python" bench.py parts > $here/parts.txt
+"$python" bench.py products --batch_size 2 --sequence_length 1024 --n_embd 768 > $here/products.txt
 "$python" bench.py models --mixer "attn;afno;afno,afno,afno,attn" --n_embd 128 --n_head 4 \
     --batch_size 8 --repeats 40 --sequence_length 256 > $here/models.txt
 "$python" scripts/versus_nanogpt.py steps > $here/steps.txt
