@@ -295,7 +295,7 @@ def precision(device):
 
 
 # Seconds that a call takes which is not repeated.
-SLOW = 5
+SLOW = 10
 
 
 def measure(contenders, repeats, device):
