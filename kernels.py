@@ -78,7 +78,9 @@ class CPULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, W = ctx.saved_tensors
-        return CPULinear.apply(dy, W.T), dy.flatten(0, -2).T @ x.flatten(0, -2)
+        # A Function of its own for dx only where its graph is asked for: 1 to 4% of both passes.
+        product = CPULinear.apply if torch.is_grad_enabled() else onednn_product
+        return product(dy, W.T), dy.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 # --------------------------------------------------------------------------------------------------
