@@ -118,7 +118,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_that_was_freed_is_used_again():
     """Else six tensors of 32 MiB touch 8,192 pages each (fewer where pages are larger).
 
-    The heap's layout is drawn anew in each process: 40 of them settled after two to eight tensors.
+    The heap's layout is drawn anew in each process, and settles in a few tensors.
     """
     touched = {}
     for how in ("keep", "give back"):

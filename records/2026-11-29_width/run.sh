@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs these again, those that are done excepted, into logs/width/VARIANT: 90 minutes on one thread.
-# PYTHON names a Python that has torch; WIDTHS, SEEDS and ARMS, which; arguments go to every run.
+# PYTHON names a Python that has torch; WIDTHS, SEEDS and ARMS choose among the runs but the last
+# two; arguments go to every run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS=1
